@@ -1,0 +1,91 @@
+#include <cinttypes>
+#include <sstream>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "core/check.h"
+
+namespace llmc::bindings {
+
+DType parse_dtype(const std::string& name) {
+  LLMC_CHECK(name == "fp32" || name == "bf16", "the dtype is %s, it must be fp32 or bf16", name.c_str());
+  return name == "fp32" ? DType::F32 : DType::BF16;
+}
+
+at::ScalarType torch_dtype(DType dtype) {
+  return dtype == DType::F32 ? at::kFloat : dtype == DType::BF16 ? at::kBFloat16 : at::kInt;
+}
+
+void Arguments::check_dtype(const char* name, DType dtype, const std::string& expected) {
+  const auto require = [&](bool allowed, const std::string& what) {
+    LLMC_CHECK(allowed, "%s: %s is %s, it must be %s", operation_.c_str(), name, name_of(dtype), what.c_str());
+  };
+  if (expected == "f32") return require(dtype == DType::F32, "fp32");
+  if (expected == "i32") return require(dtype == DType::I32, "int32");
+  require(dtype != DType::I32, "fp32 or bf16");
+  if (expected == "any") return;
+  if (expected == "G" && dtype == DType::F32) return;  // fp32 gradients go with every X
+  const DType bound = dtypes_.emplace("X", dtype).first->second;
+  require(dtype == bound, std::string(name_of(bound)) + (expected == "G" ? " or fp32" : " as the arguments before it"));
+}
+
+void Arguments::wrong_shape(const char* name, const at::Tensor& tensor, const char* shape) const {
+  std::ostringstream message;
+  message << operation_ << ": " << name << " has shape (";
+  for (int64_t i = 0; i < tensor.dim(); i++) message << (i ? ", " : "") << tensor.size(i);
+  message << "), it must be (" << shape << ")";
+  const char* separator = " with ";
+  for (const auto& [symbol, value] : dimensions_) {
+    message << separator << symbol << "=" << value;
+    separator = ", ";
+  }
+  throw_error(__FILE__, __LINE__, "%s", message.str().c_str());
+}
+
+Tensor Arguments::operator()(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape) {
+  const char* operation = operation_.c_str();
+  LLMC_CHECK(tensor.defined(), "%s: %s is missing", operation, name);
+  LLMC_CHECK(tensor.is_cpu(), "%s: %s is not in CPU memory", operation, name);
+  LLMC_CHECK(tensor.is_contiguous(), "%s: %s is not contiguous, call .contiguous()", operation, name);
+  LLMC_CHECK(tensor.numel() > 0, "%s: %s is empty", operation, name);
+  DType actual = DType::F32;
+  switch (tensor.scalar_type()) {
+    case at::kFloat: break;
+    case at::kBFloat16: actual = DType::BF16; break;
+    case at::kInt: actual = DType::I32; break;
+    default:
+      throw_error(__FILE__, __LINE__, "%s: %s is %s, it must be fp32, bf16 or int32", operation, name,
+                  c10::toString(tensor.scalar_type()));
+  }
+  check_dtype(name, actual, dtype);
+
+  std::vector<std::string> symbols;
+  std::istringstream words(shape);
+  for (std::string word; words >> word;) symbols.push_back(word);
+  const int64_t ndim = int64_t(symbols.size());
+  const bool absorbs = symbols.front() == "N";
+  if (absorbs ? tensor.dim() < ndim : tensor.dim() != ndim) wrong_shape(name, tensor, shape);
+  Tensor view{tensor.data_ptr(), actual, int(ndim), {1, 1, 1, 1}};
+  for (int64_t i = 0; i < ndim; i++) {
+    int64_t extent = tensor.size(tensor.dim() - ndim + i);
+    if (i == 0 && absorbs) {
+      for (int64_t leading = 0; leading < tensor.dim() - ndim; leading++) extent *= tensor.size(leading);
+    }
+    const int64_t factor = std::isdigit(symbols[i][0]) ? symbols[i][0] - '0' : 1;
+    const std::string symbol = factor > 1 ? symbols[i].substr(1) : symbols[i];
+    const int64_t bound = dimensions_.emplace(symbol, extent / factor).first->second;
+    if (extent != bound * factor) wrong_shape(name, tensor, shape);
+    view.shape[i] = extent;
+  }
+  return view;
+}
+
+void Arguments::check_ids(const char* name, Tensor ids, int64_t limit) const {
+  for (int64_t i = 0; i < ids.numel(); i++) {
+    const int32_t id = ids.as<int32_t>()[i];
+    LLMC_CHECK(id >= 0 && id < limit, "%s: %s holds %d at index %" PRId64 ", ids must be in [0, %" PRId64 ")",
+               operation_.c_str(), name, id, i, limit);
+  }
+}
+
+}  // namespace llmc::bindings

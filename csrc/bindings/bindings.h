@@ -1,0 +1,49 @@
+// llmc._C: the only files that see pybind11 and torch. Each register_* function adds one part of the module.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+
+#include "core/tensor.h"
+
+namespace llmc::bindings {
+
+namespace py = pybind11;
+
+void register_ops(py::module_& module);
+void register_model(py::module_& module);
+void register_random(py::module_& module);
+void register_build_info(py::module_& module);
+
+DType parse_dtype(const std::string& name);  // "fp32" or "bf16"
+at::ScalarType torch_dtype(DType dtype);
+
+// Checks the arguments of one call against the contract and makes views of them. Letters of dtypes and dimensions are
+// bound by their first use; a mismatch throws Error with the operation, the argument and both shapes or dtypes.
+class Arguments {
+ public:
+  explicit Arguments(std::string operation) : operation_(std::move(operation)) {}
+
+  // dtype: "f32", "i32", "X" (fp32 or bf16, alike in all X arguments), "G" (X or fp32) or "any" (fp32 or bf16).
+  // shape: dimensions separated by spaces, each a name with an optional factor: "B T 3C". N takes all leading dimensions.
+  Tensor operator()(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape);
+
+  int64_t dimension(const std::string& symbol) const { return dimensions_.at(symbol); }
+
+  // Throws unless all ids are in [0, limit).
+  void check_ids(const char* name, Tensor ids, int64_t limit) const;
+
+ private:
+  void check_dtype(const char* name, DType dtype, const std::string& expected);
+  [[noreturn]] void wrong_shape(const char* name, const at::Tensor& tensor, const char* shape) const;
+
+  std::string operation_;
+  std::map<std::string, int64_t> dimensions_;
+  std::map<std::string, DType> dtypes_;
+};
+
+}  // namespace llmc::bindings

@@ -1,0 +1,208 @@
+// llmc._C.GPT2 and its configuration.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <memory>
+
+#include "bindings/bindings.h"
+#include "comm/single.h"
+#include "core/check.h"
+#include "cpu/make_cpu_ops.h"
+#include "gpt2/model.h"
+
+namespace llmc::bindings {
+namespace {
+
+using Model = std::shared_ptr<GPT2>;
+
+// A torch view of the model's memory that keeps the model alive.
+at::Tensor torch_view(const Model& model, const Tensor& tensor, c10::IntArrayRef shape) {
+  return at::from_blob(tensor.data, shape, [model](void*) {}, at::TensorOptions(torch_dtype(tensor.dtype)));
+}
+
+at::Tensor torch_view(const Model& model, const Tensor& tensor) {
+  return torch_view(model, tensor, c10::IntArrayRef(tensor.shape, tensor.ndim));
+}
+
+template <typename View>
+py::dict by_name(const Model& model, View view) {
+  py::dict result;
+  for (const ParameterUnit& unit : model->layout().units) {
+    for (const ParameterTensor& tensor : unit.tensors) result[py::str(tensor.name)] = view(tensor);
+  }
+  return result;
+}
+
+// A batch of ids as contiguous int32 (b,t); int64, torch's default, is converted.
+at::Tensor ids_argument(const char* name, const at::Tensor& ids) {
+  LLMC_CHECK(ids.dim() == 2 && ids.numel() > 0, "%s must have shape (b,t) and not be empty, it has %ld dimensions", name,
+             long(ids.dim()));
+  LLMC_CHECK(ids.is_cpu(), "%s must be in CPU memory", name);
+  LLMC_CHECK(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong, "%s must be int32 or int64, it is %s", name,
+             c10::toString(ids.scalar_type()));
+  return ids.to(at::kInt).contiguous();
+}
+
+void check_same_shape(const at::Tensor& tokens, const at::Tensor& targets) {
+  LLMC_CHECK(tokens.sizes() == targets.sizes(), "targets (%ld,%ld) must have the shape of tokens (%ld,%ld)",
+             long(targets.size(0)), long(targets.size(1)), long(tokens.size(0)), long(tokens.size(1)));
+}
+
+void backward(GPT2& model, const at::Tensor& targets, int64_t micro_step, int64_t accumulation_steps) {
+  const at::Tensor ids = ids_argument("targets", targets);
+  LLMC_CHECK(ids.size(0) == model.batch() && ids.size(1) == model.seq(),
+             "targets (%ld,%ld) must have the shape of the last forward's tokens (%ld,%ld)", long(ids.size(0)),
+             long(ids.size(1)), long(model.batch()), long(model.seq()));
+  model.backward(ids.const_data_ptr<int32_t>(), micro_step, accumulation_steps);
+}
+
+at::Tensor evaluate(GPT2& model, const at::Tensor& tokens, const at::Tensor& targets) {
+  const at::Tensor x = ids_argument("tokens", tokens), y = ids_argument("targets", targets);
+  check_same_shape(x, y);
+  const at::Tensor losses = at::empty(x.sizes(), at::TensorOptions(at::kFloat));
+  model.evaluate(x.const_data_ptr<int32_t>(), y.const_data_ptr<int32_t>(), x.size(0), x.size(1),
+                 losses.mutable_data_ptr<float>());
+  return losses;
+}
+
+at::Tensor logits(GPT2& model, int64_t begin, int64_t end) {
+  LLMC_CHECK(end > begin, "logits of rows [%ld, %ld): the range is empty", long(begin), long(end));
+  const at::Tensor out = at::empty({end - begin, model.config().vocab_size}, at::TensorOptions(at::kFloat));
+  model.logits(begin, end, out.mutable_data_ptr<float>());
+  return out;
+}
+
+void update(GPT2& model, float lr, float weight_decay, int64_t step, float beta1, float beta2, float eps, float grad_clip) {
+  UpdateOptions options;
+  options.learning_rate = lr;
+  options.weight_decay = weight_decay;
+  options.step = step;
+  options.beta1 = beta1;
+  options.beta2 = beta2;
+  options.eps = eps;
+  options.grad_clip = grad_clip;
+  model.update(options);
+}
+
+py::dict optimizer_state(const Model& model, const std::string& name) {
+  return by_name(model, [&](const ParameterTensor& tensor) {
+    const Tensor state = model->optimizer_state(name, tensor);
+    // Whole tensors in their own shape, parts of tensors flat.
+    return state && state.numel() == tensor.numel ? torch_view(model, state, tensor.shape)
+           : state                                ? torch_view(model, state)
+                                                  : at::empty({0}, at::TensorOptions(at::kFloat));
+  });
+}
+
+py::dict memory(const GPT2& model) {
+  py::dict result;
+  for (int i = 0; i < kNumLifetimes; i++) result[name_of(Lifetime(i))] = model.plan().bytes[i];
+  return result;
+}
+
+py::list plan_rows(const GPT2Config& config, const Options& options, int world_size) {
+  py::list rows;
+  for (const Buffer& buffer : plan(config, options, world_size).buffers) {
+    rows.append(py::make_tuple(buffer.name, name_of(buffer.lifetime), name_of(buffer.dtype), py::tuple(py::cast(buffer.shape)),
+                               buffer.offset, buffer.bytes));
+  }
+  return rows;
+}
+
+}  // namespace
+
+void register_model(py::module_& module) {
+  using namespace py::literals;
+  const py::call_guard<py::gil_scoped_release> no_gil;
+
+  py::class_<GPT2Config>(module, "GPT2Config", "Shape of a GPT-2: what the model file's header holds.")
+      .def(py::init([](int64_t max_seq_len, int64_t vocab_size, int64_t padded_vocab_size, int64_t num_layers,
+                       int64_t num_heads, int64_t channels) {
+             const GPT2Config config{max_seq_len, vocab_size, padded_vocab_size, num_layers, num_heads, channels};
+             config.validate();
+             return config;
+           }),
+           py::kw_only(), "max_seq_len"_a = 1024, "vocab_size"_a = 50257, "padded_vocab_size"_a = 50304,
+           "num_layers"_a = 12, "num_heads"_a = 12, "channels"_a = 768)
+      .def_readonly("max_seq_len", &GPT2Config::max_seq_len)
+      .def_readonly("vocab_size", &GPT2Config::vocab_size)
+      .def_readonly("padded_vocab_size", &GPT2Config::padded_vocab_size)
+      .def_readonly("num_layers", &GPT2Config::num_layers)
+      .def_readonly("num_heads", &GPT2Config::num_heads)
+      .def_readonly("channels", &GPT2Config::channels)
+      .def_property_readonly("num_parameters", &GPT2Config::num_parameters);
+
+  py::class_<Options>(module, "Options", "How a model is run; see csrc/gpt2/config.h.")
+      .def(py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
+                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion, bool master_weights,
+                       int zero_stage, int64_t classifier_rows) {
+             Options options;
+             options.batch_size = batch_size;
+             options.seq_len = seq_len;
+             options.precision = parse_dtype(precision);
+             options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
+             options.recompute = recompute;
+             options.gelu_fusion = gelu_fusion;
+             options.master_weights = master_weights;
+             options.zero_stage = zero_stage;
+             options.classifier_rows = classifier_rows;
+             return options;
+           }),
+           py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
+           "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0, "classifier_rows"_a = 0)
+      .def_readonly("batch_size", &Options::batch_size)
+      .def_readonly("seq_len", &Options::seq_len)
+      .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
+      .def_property_readonly("grad_dtype", [](const Options& self) { return name_of(self.grad_dtype); })
+      .def_readonly("recompute", &Options::recompute)
+      .def_readonly("gelu_fusion", &Options::gelu_fusion)
+      .def_readonly("master_weights", &Options::master_weights)
+      .def_readonly("zero_stage", &Options::zero_stage)
+      .def_readonly("classifier_rows", &Options::classifier_rows);
+
+  module.def("plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
+             "The memory of one rank before anything is allocated: a list of (name, lifetime, dtype, shape, offset, bytes).");
+
+  py::class_<GPT2, Model>(module, "GPT2", "GPT-2 with its training step; see csrc/gpt2/model.h.")
+      .def(py::init([](const GPT2Config& config, const Options& options) {
+             return std::make_shared<GPT2>(config, options, make_cpu_ops(), std::make_unique<SingleProcess>());
+           }),
+           no_gil, "config"_a, "options"_a)
+      .def_property_readonly("config", &GPT2::config)
+      .def_property_readonly("options", &GPT2::options)
+      .def("init_random", &GPT2::init_random, no_gil, "seed"_a = 42,
+           "Random parameters: GPT-2's initialisation, drawn like torch's from mt19937.")
+      .def("forward",
+           [](GPT2& self, const at::Tensor& tokens) {
+             const at::Tensor ids = ids_argument("tokens", tokens);
+             self.forward(ids.const_data_ptr<int32_t>(), ids.size(0), ids.size(1));
+           },
+           no_gil, "tokens"_a, "Run tokens (b,t), b <= B and t <= T, up to the last layernorm.")
+      .def("backward", &backward, no_gil, "targets"_a, "micro_step"_a = 0, "accumulation_steps"_a = 1,
+           "Loss and gradients of the last forward. micro_step 0 zeroes both first; the last one completes the step.")
+      .def("evaluate", &evaluate, no_gil, "tokens"_a, "targets"_a, "Per-token losses, fp32 (b,t), without gradients.")
+      .def("logits", &logits, no_gil, "begin"_a, "end"_a,
+           "Logits, fp32 (end - begin, V), of rows [begin, end) of the last forward's (b*t) rows.")
+      .def("update", &update, no_gil, "lr"_a, "weight_decay"_a, "step"_a, "beta1"_a = 0.9f, "beta2"_a = 0.95f,
+           "eps"_a = 1e-8f, "grad_clip"_a = 1.0f, "Clip the gradient norm and do one AdamW step; step counts from 1.")
+      .def("loss", &GPT2::loss, no_gil, "Mean loss over the micro-steps (and ranks) of the last complete backward.")
+      .def("grad_norm", &GPT2::grad_norm, no_gil, "Global gradient norm of the last complete backward, before clipping.")
+      .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)
+      .def("parameters",
+           [](const Model& self) {
+             return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->parameter(t)); });
+           },
+           "Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb.")
+      .def("gradients",
+           [](const Model& self) {
+             return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->gradient(t)); });
+           },
+           "Views of the gradients by name; they exist after the first backward.")
+      .def("optimizer_state", &optimizer_state, "name"_a,
+           "Views of this rank's part of m, v or master by parameter name; they exist after the first update.")
+      .def("buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
+           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
+      .def("memory", &memory, "Bytes by lifetime.");
+}
+
+}  // namespace llmc::bindings

@@ -1,0 +1,34 @@
+#include <omp.h>
+
+#include "bindings/bindings.h"
+#include "core/check.h"
+#include "cpu/blas.h"
+#include "cpu/make_cpu_ops.h"
+
+namespace llmc::bindings {
+
+void register_build_info(py::module_& module) {
+  module.def("build_info", [] {
+    py::dict info;
+    info["cpu"] = make_cpu_ops()->name();
+    info["cpu_isas"] = available_isas();
+    info["blas"] = blas::name();
+    info["compiler"] = __VERSION__;
+    info["cuda"] = false;
+    info["threads"] = omp_get_max_threads();
+    return info;
+  }, "What this build of the core is made of.");
+}
+
+}  // namespace llmc::bindings
+
+PYBIND11_MODULE(_C, module) {
+  namespace py = pybind11;
+  py::module_::import("torch");  // the tensor casters need torch's Python half, whatever was imported first
+  module.doc() = "The compiled core of llmc: GPT2 with its training step, and every operation of it in `ops`.";
+  py::register_exception<llmc::Error>(module, "Error", PyExc_RuntimeError);
+  llmc::bindings::register_ops(module);
+  llmc::bindings::register_model(module);
+  llmc::bindings::register_random(module);
+  llmc::bindings::register_build_info(module);
+}

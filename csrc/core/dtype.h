@@ -1,0 +1,56 @@
+// Element types. Storage is fp32 or bf16 (chosen at run time), arithmetic is always fp32; indices are int32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// The kernel files of csrc/cpu are compiled once per instruction set. Whatever they include from shared headers must be
+// inlined into them: an out-of-line copy compiled for AVX-512 could be the one the linker keeps for everybody.
+#define LLMC_INLINE inline __attribute__((always_inline))
+
+namespace llmc {
+
+enum class DType : uint8_t { F32, BF16, I32 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::BF16 ? 2 : 4; }
+
+constexpr const char* name_of(DType dtype) {
+  return dtype == DType::F32 ? "fp32" : dtype == DType::BF16 ? "bf16" : "int32";
+}
+
+// The upper half of an IEEE binary32.
+struct bf16 {
+  uint16_t bits;
+};
+
+LLMC_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+LLMC_INLINE float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+LLMC_INLINE float to_float(float x) { return x; }
+LLMC_INLINE float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+LLMC_INLINE void store(float* p, float x) { *p = x; }
+LLMC_INLINE void store(bf16* p, float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  p->bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+template <typename T>
+constexpr DType dtype_of = DType::F32;
+template <>
+constexpr DType dtype_of<bf16> = DType::BF16;
+template <>
+constexpr DType dtype_of<int32_t> = DType::I32;
+
+}  // namespace llmc

@@ -1,0 +1,49 @@
+#include "gpt2/config.h"
+
+#include <cinttypes>
+
+#include "core/check.h"
+
+namespace llmc {
+
+int64_t GPT2Config::num_parameters() const {
+  const int64_t C = channels;
+  return (padded_vocab_size + max_seq_len) * C + num_layers * (12 * C * C + 13 * C) + 2 * C;
+}
+
+void GPT2Config::validate() const {
+  constexpr int64_t kLimit = int64_t(1) << 24;  // keeps every product of two of them far from overflow
+  const auto check_range = [](const char* what, int64_t value) {
+    LLMC_CHECK(value >= 1 && value <= kLimit, "%s is %" PRId64 ", it must be between 1 and %" PRId64, what, value, kLimit);
+  };
+  check_range("max_seq_len", max_seq_len);
+  check_range("vocab_size", vocab_size);
+  check_range("num_layers", num_layers);
+  check_range("num_heads", num_heads);
+  check_range("channels", channels);
+  LLMC_CHECK(padded_vocab_size >= vocab_size && padded_vocab_size <= kLimit,
+             "padded_vocab_size is %" PRId64 ", it must be between vocab_size (%" PRId64 ") and %" PRId64,
+             padded_vocab_size, vocab_size, kLimit);
+  LLMC_CHECK(channels % num_heads == 0, "channels (%" PRId64 ") must be a multiple of num_heads (%" PRId64 ")", channels,
+             num_heads);
+  LLMC_CHECK(head_size() % 8 == 0 && head_size() <= 128,
+             "channels/num_heads is %" PRId64 ": head sizes must be multiples of 8 up to 128", head_size());
+}
+
+void Options::validate(const GPT2Config& config) const {
+  LLMC_CHECK(batch_size >= 1, "batch_size is %" PRId64 ", it must be at least 1", batch_size);
+  LLMC_CHECK(seq_len >= 1 && seq_len <= config.max_seq_len,
+             "seq_len is %" PRId64 ", it must be between 1 and the model's context of %" PRId64, seq_len,
+             config.max_seq_len);
+  LLMC_CHECK(batch_size * seq_len <= INT32_MAX, "batch_size times seq_len is %" PRId64 ", it must fit in 31 bits",
+             batch_size * seq_len);
+  LLMC_CHECK(precision == DType::F32 || precision == DType::BF16, "precision must be fp32 or bf16");
+  LLMC_CHECK(grad_dtype == DType::F32 || grad_dtype == precision,
+             "gradients of an fp32 model must be fp32: grad_dtype is %s", name_of(grad_dtype));
+  LLMC_CHECK(recompute >= 0 && recompute <= 2, "recompute is %d, it must be 0, 1 or 2", recompute);
+  LLMC_CHECK(gelu_fusion >= 0 && gelu_fusion <= 2, "gelu_fusion is %d, it must be 0, 1 or 2", gelu_fusion);
+  LLMC_CHECK(zero_stage == 0 || zero_stage == 1, "zero_stage is %d, it must be 0 or 1", zero_stage);
+  LLMC_CHECK(classifier_rows >= 0, "classifier_rows is %" PRId64 ", it must not be negative", classifier_rows);
+}
+
+}  // namespace llmc

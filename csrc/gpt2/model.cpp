@@ -1,0 +1,300 @@
+#include "gpt2/model.h"
+
+#include <algorithm>
+#include <cinttypes>
+
+#include "core/check.h"
+#include "core/token_order.h"
+
+namespace llmc {
+
+GPT2::GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops> ops,
+           std::unique_ptr<Communicator> comm)
+    : config_(config),
+      options_(options),
+      ops_(std::move(ops)),
+      comm_(std::move(comm)),
+      layout_(config, comm_->size()),
+      plan_(llmc::plan(config, options, comm_->size())) {
+  allocate(Lifetime::Parameters);
+  allocate(Lifetime::Activations);
+}
+
+GPT2::~GPT2() {
+  for (void* memory : memory_) {
+    if (memory != nullptr) ops_->free(memory);
+  }
+}
+
+void GPT2::allocate(Lifetime lifetime) {
+  void*& memory = memory_[int(lifetime)];
+  if (memory == nullptr) memory = ops_->allocate(plan_.bytes[int(lifetime)]);
+}
+
+// --- views -------------------------------------------------------------------------------------------------------------
+
+Tensor GPT2::buffer(const std::string& name) {
+  const Buffer& found = plan_.buffer(name);
+  char* memory = static_cast<char*>(memory_[int(found.lifetime)]);
+  LLMC_CHECK(memory != nullptr, "%s are not allocated yet: %s exists after the first %s", name_of(found.lifetime),
+             name.c_str(), found.lifetime == Lifetime::Optimizer ? "update" : "backward");
+  Tensor tensor{memory + found.offset, found.dtype, int(found.shape.size()), {1, 1, 1, 1}};
+  for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = found.shape[i];
+  return tensor;
+}
+
+namespace {
+
+Tensor view(Tensor whole, const ParameterTensor& tensor) {
+  char* data = static_cast<char*>(whole.data) + tensor.offset * size_of(whole.dtype);
+  return tensor.shape.size() == 2 ? make_tensor(data, whole.dtype, tensor.shape[0], tensor.shape[1])
+                                  : make_tensor(data, whole.dtype, tensor.shape[0]);
+}
+
+}  // namespace
+
+Tensor GPT2::parameter(const ParameterTensor& tensor) { return view(buffer("parameters"), tensor); }
+Tensor GPT2::gradient(const ParameterTensor& tensor) { return view(buffer("gradients"), tensor); }
+
+Tensor GPT2::rows(const std::string& name) {
+  const Tensor whole = buffer(name);
+  return whole.ndim == 3 ? slice_rows(whole, 0, batch_ * seq_) : make_tensor(whole.data, whole.dtype, batch_ * seq_);
+}
+
+Tensor GPT2::block_rows(int64_t layer, const char* name) { return rows("h" + std::to_string(layer) + "." + name); }
+
+Tensor GPT2::block_lse(int64_t layer) {
+  const Tensor whole = buffer("h" + std::to_string(layer) + ".lse");
+  return make_tensor(whole.data, whole.dtype, batch_, config_.num_heads, seq_);
+}
+
+Tensor GPT2::shaped(Tensor rows) const { return make_tensor(rows.data, rows.dtype, batch_, seq_, rows.last()); }
+
+// --- forward -----------------------------------------------------------------------------------------------------------
+
+void GPT2::upload_ids(const std::string& name, const int32_t* ids) {
+  for (int64_t i = 0; i < batch_ * seq_; i++) {
+    LLMC_CHECK(ids[i] >= 0 && ids[i] < config_.vocab_size,
+               "id %d at row %" PRId64 ", position %" PRId64 " of %s is outside the vocabulary [0, %" PRId64 ")", ids[i],
+               i / seq_, i % seq_, name.c_str(), config_.vocab_size);
+  }
+  ops_->upload(rows(name), ids);
+}
+
+void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
+  LLMC_CHECK(b >= 1 && b <= options_.batch_size && t >= 1 && t <= options_.seq_len,
+             "a batch of %" PRId64 " x %" PRId64 " tokens does not fit the model's %" PRId64 " x %" PRId64, b, t,
+             options_.batch_size, options_.seq_len);
+  backward_allowed_ = false;
+  batch_ = b;
+  seq_ = t;
+  host_tokens_.assign(tokens, tokens + b * t);
+  upload_ids("tokens", tokens);
+
+  const Tensor encoded = rows("encoded");
+  const Tensor ids = rows("tokens");
+  ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, b, t), parameter(kWte), parameter(kWpe));
+  const bool keep_layernorms = options_.recompute < 2;
+  ops_->layernorm_forward(keep_layernorms ? block_rows(0, "ln1") : rows("lnf"), block_rows(0, "ln1_mean"),
+                          block_rows(0, "ln1_rstd"), encoded, parameter(kLn1w, 0), parameter(kLn1b, 0));
+  for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
+  backward_allowed_ = true;
+}
+
+// From ln1 of this block to the layernorm behind it: ln1 of the next block, or lnf.
+void GPT2::forward_block(int64_t l) {
+  const bool keep_layernorms = options_.recompute < 2;
+  const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
+  const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");
+  const Tensor qkv = block_rows(l, "qkv"), atty = block_rows(l, "atty"), fch = block_rows(l, "fch");
+  const Tensor fch_gelu = options_.recompute < 1 ? block_rows(l, "fch_gelu") : rows("fch_gelu");
+  const Tensor residual = l == 0 ? rows("encoded") : block_rows(l - 1, "residual3");
+  const Tensor residual2 = block_rows(l, "residual2");
+  const Tensor projected = rows("scratch_btc");
+
+  ops_->matmul_forward(qkv, ln1, parameter(kQkvw, l), parameter(kQkvb, l));
+  ops_->attention_forward(shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
+  ops_->matmul_forward(projected, atty, parameter(kAttprojw, l), parameter(kAttprojb, l));
+  ops_->residual_layernorm_forward(residual2, ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual,
+                                   projected, parameter(kLn2w, l), parameter(kLn2b, l));
+  if (options_.gelu_fusion >= 1) {
+    ops_->matmul_gelu_forward(fch_gelu, fch, ln2, parameter(kFcw, l), parameter(kFcb, l));
+  } else {
+    ops_->matmul_forward(fch, ln2, parameter(kFcw, l), parameter(kFcb, l));
+    ops_->gelu_forward(fch_gelu, fch);
+  }
+  ops_->matmul_forward(projected, fch_gelu, parameter(kFcprojw, l), parameter(kFcprojb, l));
+
+  const Tensor residual3 = block_rows(l, "residual3");
+  if (l + 1 < config_.num_layers) {
+    ops_->residual_layernorm_forward(residual3, keep_layernorms ? block_rows(l + 1, "ln1") : rows("lnf"),
+                                     block_rows(l + 1, "ln1_mean"), block_rows(l + 1, "ln1_rstd"), residual2, projected,
+                                     parameter(kLn1w, l + 1), parameter(kLn1b, l + 1));
+  } else {
+    ops_->residual_layernorm_forward(residual3, rows("lnf"), rows("lnf_mean"), rows("lnf_rstd"), residual2, projected,
+                                     parameter(kLnfw), parameter(kLnfb));
+  }
+}
+
+// --- loss head ---------------------------------------------------------------------------------------------------------
+
+void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
+  const Tensor lnf = rows("lnf"), dlnf = rows("scratch_btc"), targets = rows("targets");
+  const Tensor wte = parameter(kWte), chunk = buffer("logits");
+  const int64_t N = batch_ * seq_, chunk_rows = chunk.shape[0];
+  const bool sum_apart = gradients && options_.grad_dtype != DType::F32 && chunk_rows < N;
+  Tensor dwte;
+  if (gradients) {
+    // The plan has dwte_sum whenever the largest batch needs several chunks.
+    dwte = sum_apart ? buffer("dwte_sum") : gradient(kWte);
+    if (sum_apart) ops_->fill_zero(dwte);
+  }
+  for (int64_t begin = 0; begin < N; begin += chunk_rows) {
+    const int64_t end = begin + chunk_rows < N ? begin + chunk_rows : N;
+    const Tensor x = slice_rows(lnf, begin, end), logits = slice_rows(chunk, 0, end - begin);
+    const auto part = [&](Tensor ids) {
+      return make_tensor(static_cast<char*>(ids.data) + begin * size_of(ids.dtype), ids.dtype, end - begin);
+    };
+    ops_->matmul_forward(logits, x, wte, Tensor{});
+    ops_->fused_classifier(logits, part(losses), part(targets), config_.vocab_size, dloss, gradients);
+    if (gradients) {
+      ops_->matmul_backward_input(slice_rows(dlnf, begin, end), logits, wte);
+      ops_->matmul_backward_weight(dwte, logits, x);
+    }
+  }
+  if (sum_apart) ops_->accumulate(gradient(kWte), dwte);
+}
+
+void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses) {
+  forward(tokens, b, t);
+  backward_allowed_ = false;
+  upload_ids("targets", targets);
+  const Tensor device_losses = rows("eval_losses");
+  ops_->fill_zero(device_losses);
+  loss_head(device_losses, 0, false);
+  ops_->download(losses, device_losses);
+}
+
+void GPT2::logits(int64_t begin, int64_t end, float* out) {
+  LLMC_CHECK(begin >= 0 && begin < end && end <= batch_ * seq_,
+             "logits of rows [%" PRId64 ", %" PRId64 "): the last forward had %" PRId64 " rows", begin, end, batch_ * seq_);
+  // The chunk shares its memory with scratch only, so a backward may still follow.
+  const Tensor lnf = rows("lnf"), chunk = buffer("logits");
+  const int64_t V = config_.vocab_size, Vp = config_.padded_vocab_size, chunk_rows = chunk.shape[0];
+  std::vector<char> host;
+  for (int64_t first = begin; first < end; first += chunk_rows) {
+    const int64_t n = std::min(chunk_rows, end - first);
+    const Tensor logits = slice_rows(chunk, 0, n);
+    ops_->matmul_forward(logits, slice_rows(lnf, first, first + n), parameter(kWte), Tensor{});
+    host.resize(logits.bytes());
+    ops_->download(host.data(), logits);
+    for (int64_t row = 0; row < n; row++) {
+      for (int64_t v = 0; v < V; v++) {
+        const int64_t i = row * Vp + v;
+        *out++ = logits.dtype == DType::F32 ? reinterpret_cast<const float*>(host.data())[i]
+                                            : to_float(reinterpret_cast<const bf16*>(host.data())[i]);
+      }
+    }
+  }
+}
+
+// --- backward ----------------------------------------------------------------------------------------------------------
+
+void GPT2::backward(const int32_t* targets, int64_t micro_step, int64_t accumulation_steps) {
+  LLMC_CHECK(backward_allowed_, "backward needs a forward of its own first");
+  LLMC_CHECK(accumulation_steps >= 1 && micro_step >= 0 && micro_step < accumulation_steps,
+             "micro_step is %" PRId64 " of %" PRId64 " accumulation steps", micro_step, accumulation_steps);
+  const int64_t N = batch_ * seq_;
+  LLMC_CHECK(micro_step == 0 || (micro_step == micro_steps_done_ && accumulation_steps == accumulation_steps_ && N == loss_rows_),
+             "micro-step %" PRId64 " does not follow the %" PRId64 " of this step: all need the same batch shape and number "
+             "of accumulation steps",
+             micro_step, micro_steps_done_);
+  upload_ids("targets", targets);
+  allocate(Lifetime::Gradients);
+  backward_allowed_ = gradients_complete_ = sum_of_squares_ready_ = false;
+  const Tensor losses = rows("losses");
+  if (micro_step == 0) {
+    ops_->fill_zero(buffer("gradients"));
+    ops_->fill_zero(losses);
+    accumulation_steps_ = accumulation_steps;
+    loss_rows_ = N;
+  }
+
+  const Tensor dresidual = rows("dresidual"), scratch = rows("scratch_btc");
+  const int64_t L = config_.num_layers;
+  const bool last = micro_step == accumulation_steps - 1;
+  loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
+  ops_->fill_zero(dresidual);
+  ops_->layernorm_backward(dresidual, gradient(kLnfw), gradient(kLnfb), scratch, block_rows(L - 1, "residual3"),
+                           parameter(kLnfw), rows("lnf_mean"), rows("lnf_rstd"));
+  if (last) reduce_unit(layout_.units.back());
+  for (int64_t l = L - 1; l >= 0; l--) {
+    backward_block(l);
+    if (last) reduce_unit(layout_.units[1 + l]);
+  }
+  token_order_.resize(N);
+  sort_by_token(token_order_.data(), host_tokens_.data(), N);
+  const Tensor order = rows("token_order"), ids = rows("tokens");
+  ops_->upload(order, token_order_.data());
+  ops_->embedding_backward(gradient(kWte), gradient(kWpe), shaped(dresidual),
+                           make_tensor(ids.data, ids.dtype, batch_, seq_), order, rng_.next());
+  if (last) {
+    reduce_unit(layout_.units.front());
+    const Tensor loss_sum = buffer("loss_sum");
+    ops_->sum(loss_sum, losses);
+    comm_->all_reduce_average(loss_sum);
+    comm_->wait();
+  }
+  micro_steps_done_ = micro_step + 1;
+  gradients_complete_ = last;
+}
+
+// dresidual holds the gradient of residual3 on entry and that of the block's input on return.
+void GPT2::backward_block(int64_t l) {
+  const bool keep_layernorms = options_.recompute < 2;
+  const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
+  const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");
+  const Tensor residual = l == 0 ? rows("encoded") : block_rows(l - 1, "residual3");
+  const Tensor residual2 = block_rows(l, "residual2");
+  const Tensor qkv = block_rows(l, "qkv"), atty = block_rows(l, "atty"), fch = block_rows(l, "fch");
+  const Tensor fch_gelu = options_.recompute < 1 ? block_rows(l, "fch_gelu") : rows("fch_gelu");
+  const Tensor dresidual = rows("dresidual"), dbtc = rows("scratch_btc"), dfch = rows("scratch_bt4c");
+
+  // MLP
+  if (options_.recompute >= 1) ops_->gelu_forward(fch_gelu, fch);
+  if (options_.gelu_fusion >= 2) {
+    ops_->matmul_gelu_backward_input(dfch, dresidual, parameter(kFcprojw, l), fch);
+  } else {
+    ops_->matmul_backward_input(dfch, dresidual, parameter(kFcprojw, l));
+    ops_->gelu_backward(dfch, fch);
+  }
+  ops_->matmul_backward_weight(gradient(kFcprojw, l), dresidual, fch_gelu);
+  ops_->bias_backward(gradient(kFcprojb, l), dresidual);
+  if (!keep_layernorms) {
+    ops_->layernorm_forward(ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual2, parameter(kLn2w, l),
+                            parameter(kLn2b, l));
+  }
+  ops_->matmul_backward_input(dbtc, dfch, parameter(kFcw, l));
+  ops_->matmul_backward_weight(gradient(kFcw, l), dfch, ln2);
+  ops_->bias_backward(gradient(kFcb, l), dfch);
+  ops_->layernorm_backward(dresidual, gradient(kLn2w, l), gradient(kLn2b, l), dbtc, residual2, parameter(kLn2w, l),
+                           block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"));
+
+  // Attention
+  ops_->matmul_backward_input(dbtc, dresidual, parameter(kAttprojw, l));
+  ops_->matmul_backward_weight(gradient(kAttprojw, l), dresidual, atty);
+  ops_->bias_backward(gradient(kAttprojb, l), dresidual);
+  const Tensor dqkv = make_tensor(dfch.data, dfch.dtype, batch_ * seq_, 3 * config_.channels);
+  ops_->attention_backward(shaped(dqkv), shaped(dbtc), shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
+  if (!keep_layernorms) {
+    ops_->layernorm_forward(ln1, block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), residual, parameter(kLn1w, l),
+                            parameter(kLn1b, l));
+  }
+  ops_->matmul_backward_input(dbtc, dqkv, parameter(kQkvw, l));
+  ops_->matmul_backward_weight(gradient(kQkvw, l), dqkv, ln1);
+  ops_->bias_backward(gradient(kQkvb, l), dqkv);
+  ops_->layernorm_backward(dresidual, gradient(kLn1w, l), gradient(kLn1b, l), dbtc, residual, parameter(kLn1w, l),
+                           block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"));
+}
+
+}  // namespace llmc

@@ -1,0 +1,130 @@
+// GPT-2: the training step, written once against Ops (what a device can do) and Communicator (what ranks do together).
+//
+// Mathematics: pre-layernorm GPT-2 (Radford et al. 2019) without dropout, lm-head tied to wte, AdamW, clip at a global norm.
+// One step is: forward, backward for each micro-batch; then update. Nothing here knows which device it runs on.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "core/random.h"
+#include "core/tensor.h"
+#include "gpt2/config.h"
+#include "gpt2/layout.h"
+#include "gpt2/plan.h"
+#include "ops/ops.h"
+
+namespace llmc {
+
+struct UpdateOptions {
+  float learning_rate;
+  float weight_decay = 0;  // of the matrices; vectors do not decay
+  int64_t step;            // 1-based, of Adam's bias correction
+  float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f;
+  float grad_clip = 1.0f;  // largest global norm
+};
+
+class GPT2 {
+ public:
+  GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops> ops, std::unique_ptr<Communicator> comm);
+  ~GPT2();
+  GPT2(const GPT2&) = delete;
+  GPT2& operator=(const GPT2&) = delete;
+
+  const GPT2Config& config() const { return config_; }
+  const Options& options() const { return options_; }
+  const Plan& plan() const { return plan_; }
+  const ParameterLayout& layout() const { return layout_; }
+  const Ops& ops() const { return *ops_; }
+
+  // Random parameters, the same on every rank: layernorm weights 1, biases 0, weights normal with σ = 0.02 (residual
+  // projections 0.02/√(2L)), drawn like torch's from mt19937 in the order wte, wpe, blocks. Padding rows of wte stay 0.
+  void init_random(uint32_t seed);
+
+  // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
+  void forward(const int32_t* tokens, int64_t b, int64_t t);
+
+  // Loss and gradients of the last forward against targets (b,t). The first of the accumulation_steps micro-steps
+  // (micro_step 0) zeroes losses and gradients first, the last one averages gradients and loss over the ranks.
+  // The loss is the mean over all micro-steps of the step.
+  void backward(const int32_t* targets, int64_t micro_step, int64_t accumulation_steps);
+
+  // Per-token losses (b,t) of tokens against targets, to the host. Leaves gradients and the training loss alone.
+  void evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses);
+
+  // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host.
+  void logits(int64_t begin, int64_t end, float* out);
+
+  // One optimizer step with the gradients of the last backward.
+  void update(const UpdateOptions& options);
+
+  // Mean loss and global gradient norm (before clipping) of the last complete backward. They wait for the device.
+  float loss();
+  float grad_norm();
+
+  // State of the random stream that seeds stochastic rounding: one draw per micro-step, 16 per update.
+  uint64_t rng_state() const { return rng_.state; }
+  void set_rng_state(uint64_t state) { rng_.state = state; }
+
+  // b, t of the last forward; 0 before the first.
+  int64_t batch() const { return batch_; }
+  int64_t seq() const { return seq_; }
+
+  // Views for looking inside; they stay valid as long as the model. Optimizer views are this rank's shard.
+  Tensor parameter(const ParameterTensor& tensor);
+  Tensor gradient(const ParameterTensor& tensor);
+  // name: "m", "v" or "master". The part of the tensor this rank owns, flat; absent if it owns none of it.
+  Tensor optimizer_state(const std::string& name, const ParameterTensor& tensor);
+  // Any buffer of the plan by name, at full size (B,T).
+  Tensor buffer(const std::string& name);
+
+ private:
+  struct Shard {  // this rank's slice of a unit
+    int64_t begin;  // elements from the start of the whole layout
+    int64_t end;
+    int64_t offset;  // elements from the start of the optimizer buffers
+  };
+
+  Tensor parameter(ParameterKind kind, int64_t layer = 0) { return parameter(layout_.tensor(kind, layer)); }
+  Tensor gradient(ParameterKind kind, int64_t layer = 0) { return gradient(layout_.tensor(kind, layer)); }
+  // The rows of an activation that the current batch uses, as (b·t, last).
+  Tensor rows(const std::string& name);
+  Tensor block_rows(int64_t layer, const char* name);
+  Tensor block_lse(int64_t layer);
+  Tensor shaped(Tensor rows) const;  // (b·t, C) as (b, t, C)
+
+  void allocate(Lifetime lifetime);
+  void upload_ids(const std::string& name, const int32_t* ids);
+  void forward_block(int64_t layer);
+  void backward_block(int64_t layer);
+  // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
+  void loss_head(Tensor losses, float dloss, bool gradients);
+  void reduce_unit(const ParameterUnit& unit);
+  void compute_grad_norm(float grad_clip);
+  Shard shard(size_t unit) const;
+
+  const GPT2Config config_;
+  const Options options_;
+  std::unique_ptr<Ops> ops_;
+  std::unique_ptr<Communicator> comm_;
+  const ParameterLayout layout_;
+  const Plan plan_;
+  std::array<void*, kNumLifetimes> memory_{};
+
+  XorShift64 rng_{13371337};
+  int64_t batch_ = 0, seq_ = 0;            // b, t of the last forward
+  int64_t loss_rows_ = 0;                  // b·t of the current step's micro-batches
+  int64_t micro_steps_done_ = 0;           // of the current step
+  int64_t accumulation_steps_ = 0;         // of the current step
+  bool backward_allowed_ = false;          // the activations are those of a forward that had no backward yet
+  bool gradients_complete_ = false;        // the last micro-step is done: loss, grad_norm and update are allowed
+  bool sum_of_squares_ready_ = false;      // grad_sum_of_squares on the device belongs to the current gradients
+  std::vector<int32_t> token_order_;       // host staging of the embedding backward
+  std::vector<int32_t> host_tokens_;
+};
+
+}  // namespace llmc

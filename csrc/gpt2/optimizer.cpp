@@ -1,0 +1,122 @@
+// The second half of the step: reduce gradients over the ranks, clip, update the rank's shard unit by unit.
+#include <algorithm>
+
+#include "core/check.h"
+#include "gpt2/model.h"
+
+namespace llmc {
+namespace {
+
+Tensor elements(Tensor whole, int64_t begin, int64_t end) {
+  return make_tensor(static_cast<char*>(whole.data) + begin * size_of(whole.dtype), whole.dtype, end - begin);
+}
+
+}  // namespace
+
+GPT2::Shard GPT2::shard(size_t unit) const {
+  const ParameterUnit& u = layout_.units[unit];
+  if (options_.zero_stage == 0) return {u.offset, u.offset + u.size, u.offset};
+  const int64_t size = u.size / comm_->size(), begin = u.offset + comm_->rank() * size;
+  return {begin, begin + size, u.offset / comm_->size()};
+}
+
+void GPT2::reduce_unit(const ParameterUnit& unit) {
+  const Tensor gradients = elements(buffer("gradients"), unit.offset, unit.offset + unit.size);
+  if (options_.zero_stage == 0) {
+    comm_->all_reduce_average(gradients);
+  } else {
+    comm_->reduce_scatter_average(gradients);
+  }
+}
+
+void GPT2::compute_grad_norm(float grad_clip) {
+  LLMC_CHECK(gradients_complete_, "the gradient norm needs the last micro-step's backward first");
+  const Tensor sum = buffer("grad_sum_of_squares");
+  if (!sum_of_squares_ready_) {
+    std::vector<Tensor> shards;
+    for (size_t unit = 0; unit < layout_.units.size(); unit++) {
+      const Shard own = shard(unit);
+      shards.push_back(elements(buffer("gradients"), own.begin, own.end));
+    }
+    ops_->fill_zero(sum);
+    ops_->sum_of_squares(sum, shards.data(), int64_t(shards.size()));
+    if (options_.zero_stage >= 1) {
+      comm_->all_reduce_sum(sum);
+      comm_->wait();
+    }
+    sum_of_squares_ready_ = true;
+  }
+  ops_->clip_scale(buffer("grad_norm"), buffer("grad_scale"), sum, grad_clip);
+}
+
+void GPT2::update(const UpdateOptions& options) {
+  LLMC_CHECK(options.step >= 1, "Adam's step is 1-based");
+  LLMC_CHECK(options.grad_clip > 0, "grad_clip is %g, it must be positive", options.grad_clip);
+  compute_grad_norm(options.grad_clip);
+  if (memory_[int(Lifetime::Optimizer)] == nullptr) {
+    allocate(Lifetime::Optimizer);  // zeroed, as m and v start
+    for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
+      const Shard own = shard(unit);
+      ops_->cast(elements(buffer("master"), own.offset, own.offset + own.end - own.begin),
+                 elements(buffer("parameters"), own.begin, own.end));
+    }
+  }
+  // One seed per kind of tensor, the same on every rank: a parameter is rounded alike wherever it is updated.
+  std::array<uint32_t, kNumParameterKinds> seeds;
+  for (uint32_t& seed : seeds) seed = rng_.next();
+
+  const AdamWStep step{options.learning_rate, options.beta1, options.beta2, options.eps, options.step, buffer("grad_scale")};
+  std::vector<AdamWSlice> slices;
+  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
+    const ParameterUnit& u = layout_.units[unit];
+    const Shard own = shard(unit);
+    slices.clear();
+    for (const ParameterTensor& tensor : u.tensors) {
+      const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
+      if (begin >= end) continue;
+      const int64_t first = own.offset + begin - own.begin, last = first + end - begin;
+      AdamWSlice slice;
+      slice.param = elements(buffer("parameters"), begin, end);
+      slice.grad = elements(buffer("gradients"), begin, end);
+      slice.m = elements(buffer("m"), first, last);
+      slice.v = elements(buffer("v"), first, last);
+      if (options_.has_master()) slice.master = elements(buffer("master"), first, last);
+      slice.weight_decay = tensor.weight_decay ? options.weight_decay : 0;
+      slice.seed = seeds[tensor.kind];
+      slice.layer = tensor.layer;
+      slice.first = begin - tensor.offset;
+      slices.push_back(slice);
+    }
+    ops_->adamw(slices.data(), int64_t(slices.size()), step);
+    if (options_.zero_stage >= 1) comm_->all_gather(elements(buffer("parameters"), u.offset, u.offset + u.size));
+  }
+  comm_->wait();
+}
+
+Tensor GPT2::optimizer_state(const std::string& name, const ParameterTensor& tensor) {
+  LLMC_CHECK(name == "m" || name == "v" || name == "master", "optimizer state is m, v or master, not %s", name.c_str());
+  LLMC_CHECK(name != "master" || options_.has_master(), "this model has no master weights: its parameters are fp32 or "
+             "master_weights is off");
+  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
+    const Shard own = shard(unit);
+    const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
+    if (begin < end) return elements(buffer(name), own.offset + begin - own.begin, own.offset + end - own.begin);
+  }
+  return Tensor{};
+}
+
+float GPT2::loss() {
+  LLMC_CHECK(gradients_complete_, "the loss of a step needs the last micro-step's backward first");
+  float sum;
+  ops_->download(&sum, buffer("loss_sum"));
+  return sum / (float(loss_rows_) * float(accumulation_steps_));
+}
+
+float GPT2::grad_norm() {
+  if (!sum_of_squares_ready_) compute_grad_norm(1);
+  float norm;
+  ops_->download(&norm, buffer("grad_norm"));
+  return norm;
+}
+
+}  // namespace llmc

@@ -1,0 +1,137 @@
+#include "gpt2/plan.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+
+namespace llmc {
+namespace {
+
+constexpr int64_t kAlignment = 256;                // bytes, of every buffer
+constexpr int64_t kLogitsBudget = int64_t(64) << 20;  // bytes of a logits chunk that are always granted
+
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Rows of a logits chunk: the chunk shares its memory with the 4C-wide gradient of the blocks, so it may always be as
+// large as that. Chunks are balanced.
+int64_t classifier_rows(const GPT2Config& config, const Options& options) {
+  const int64_t N = options.batch_size * options.seq_len;
+  if (options.classifier_rows > 0) return std::min(options.classifier_rows, N);
+  const int64_t element = size_of(options.precision);
+  const int64_t budget = std::max(kLogitsBudget, N * 4 * config.channels * element);
+  const int64_t rows = std::clamp(budget / (config.padded_vocab_size * element), int64_t(1), N);
+  const int64_t chunks = (N + rows - 1) / rows;
+  return (N + chunks - 1) / chunks;
+}
+
+class Builder {
+ public:
+  explicit Builder(Plan& plan) : plan_(plan) {}
+
+  void add(Lifetime lifetime, const std::string& name, DType dtype, std::vector<int64_t> shape) {
+    overlay(lifetime, {{name, dtype, std::move(shape)}});
+  }
+
+  struct Member {
+    std::string name;
+    DType dtype;
+    std::vector<int64_t> shape;
+  };
+
+  // Members start at the same offset: at most one of them is alive at any time.
+  void overlay(Lifetime lifetime, std::vector<Member> members) {
+    int64_t& end = plan_.bytes[int(lifetime)];
+    int64_t largest = 0;
+    for (Member& member : members) {
+      int64_t bytes = size_of(member.dtype);
+      for (const int64_t extent : member.shape) bytes *= extent;
+      largest = std::max(largest, bytes);
+      plan_.buffers.push_back({std::move(member.name), lifetime, member.dtype, std::move(member.shape), end, bytes});
+    }
+    end += round_up(largest, kAlignment);
+  }
+
+ private:
+  Plan& plan_;
+};
+
+}  // namespace
+
+const char* name_of(Lifetime lifetime) {
+  static constexpr const char* kNames[kNumLifetimes] = {"parameters", "gradients", "optimizer", "activations"};
+  return kNames[int(lifetime)];
+}
+
+const Buffer& Plan::buffer(const std::string& name) const {
+  const auto found = index_.find(name);
+  LLMC_CHECK(found != index_.end(), "the memory plan has no buffer named %s", name.c_str());
+  return buffers[found->second];
+}
+
+Plan plan(const GPT2Config& config, const Options& options, int world_size) {
+  config.validate();
+  options.validate(config);
+  LLMC_CHECK(world_size >= 1, "world_size is %d, it must be at least 1", world_size);
+
+  const int64_t B = options.batch_size, T = options.seq_len, C = config.channels, NH = config.num_heads;
+  const DType X = options.precision, F32 = DType::F32, I32 = DType::I32;
+  const int r = options.recompute;
+  const int64_t rows = classifier_rows(config, options);
+
+  Plan result;
+  Builder builder(result);
+
+  const int64_t size = ParameterLayout(config, world_size).size;
+  const int64_t shard = options.zero_stage >= 1 ? size / world_size : size;
+  builder.add(Lifetime::Parameters, "parameters", X, {size});
+
+  builder.add(Lifetime::Gradients, "gradients", options.grad_dtype, {size});
+  if (options.grad_dtype != F32 && rows < B * T) {
+    // Many chunks would round dwte many times: they add up here, and once per micro-step into the gradients.
+    builder.add(Lifetime::Gradients, "dwte_sum", F32, {config.padded_vocab_size, C});
+  }
+
+  builder.add(Lifetime::Optimizer, "m", F32, {shard});
+  builder.add(Lifetime::Optimizer, "v", F32, {shard});
+  if (options.has_master()) builder.add(Lifetime::Optimizer, "master", F32, {shard});
+
+  const auto activation = [&](const std::string& name, DType dtype, std::vector<int64_t> shape) {
+    builder.add(Lifetime::Activations, name, dtype, std::move(shape));
+  };
+  activation("tokens", I32, {B, T});
+  activation("targets", I32, {B, T});
+  activation("token_order", I32, {B * T});
+  activation("encoded", X, {B, T, C});
+  for (int64_t l = 0; l < config.num_layers; l++) {
+    const std::string h = "h" + std::to_string(l) + ".";
+    if (r < 2) activation(h + "ln1", X, {B, T, C});
+    activation(h + "ln1_mean", F32, {B, T});
+    activation(h + "ln1_rstd", F32, {B, T});
+    activation(h + "qkv", X, {B, T, 3 * C});
+    activation(h + "atty", X, {B, T, C});
+    activation(h + "lse", F32, {B, NH, T});
+    activation(h + "residual2", X, {B, T, C});
+    if (r < 2) activation(h + "ln2", X, {B, T, C});
+    activation(h + "ln2_mean", F32, {B, T});
+    activation(h + "ln2_rstd", F32, {B, T});
+    activation(h + "fch", X, {B, T, 4 * C});
+    if (r < 1) activation(h + "fch_gelu", X, {B, T, 4 * C});
+    activation(h + "residual3", X, {B, T, C});
+  }
+  if (r >= 1) activation("fch_gelu", X, {B, T, 4 * C});
+  activation("lnf", X, {B, T, C});  // with recompute 2 also the output of every other layernorm
+  activation("lnf_mean", F32, {B, T});
+  activation("lnf_rstd", F32, {B, T});
+  activation("losses", F32, {B, T});
+  activation("eval_losses", F32, {B, T});
+  activation("dresidual", X, {B, T, C});
+  activation("scratch_btc", X, {B, T, C});
+  builder.overlay(Lifetime::Activations,
+                  {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
+  for (const char* scalar : {"loss_sum", "grad_sum_of_squares", "grad_norm", "grad_scale"}) activation(scalar, F32, {1});
+
+  for (size_t i = 0; i < result.buffers.size(); i++) result.index_[result.buffers[i].name] = i;
+  return result;
+}
+
+}  // namespace llmc

@@ -1,0 +1,45 @@
+// All memory of a model, computed before anything is allocated.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "gpt2/config.h"
+#include "gpt2/layout.h"
+
+namespace llmc {
+
+// One allocation is made per lifetime, when it is first needed: sampling and evaluation never allocate gradients.
+enum class Lifetime { Parameters, Gradients, Optimizer, Activations };
+constexpr int kNumLifetimes = 4;
+
+const char* name_of(Lifetime lifetime);
+
+struct Buffer {
+  std::string name;
+  Lifetime lifetime;
+  DType dtype;
+  std::vector<int64_t> shape;
+  int64_t offset;  // bytes from the start of the lifetime's allocation
+  int64_t bytes;   // without the padding to the next buffer
+};
+
+struct Plan {
+  std::vector<Buffer> buffers;
+  std::array<int64_t, kNumLifetimes> bytes{};  // size of each allocation
+
+  const Buffer& buffer(const std::string& name) const;
+
+ private:
+  friend Plan plan(const GPT2Config& config, const Options& options, int world_size);
+  std::map<std::string, size_t> index_;
+};
+
+// The memory of one rank. Pure: the same arguments give the same plan on every machine.
+// Buffers that are never alive together share an offset.
+Plan plan(const GPT2Config& config, const Options& options, int world_size);
+
+}  // namespace llmc

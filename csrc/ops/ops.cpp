@@ -1,0 +1,7 @@
+#include "ops/ops.h"
+
+namespace llmc {
+
+Ops::~Ops() = default;
+
+}  // namespace llmc

@@ -1,0 +1,159 @@
+// The contract of every operation of the training step. csrc/cpu implements it with CpuOps, csrc/cuda with CudaOps.
+//
+// Conventions
+//   B batch rows, T sequence length, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp padded vocabulary,
+//   N = B·T rows, IC / OC input / output channels of a matrix product.
+//   X   storage type of parameters and activations: fp32 or bf16, the same for all X tensors of a call
+//   G   storage type of parameter gradients: X or fp32
+//   f32 statistics, losses, optimizer state; i32 tokens, targets, indices
+//   All tensors are contiguous, row-major and on the ops' device. Arithmetic is fp32; a result is rounded once, when it
+//   is stored. "=" overwrites, "+=" accumulates: gradients of parameters and of the residual stream accumulate, all
+//   other results overwrite. Inputs and outputs do not overlap unless "in place" is said.
+//   Every operation is deterministic: same inputs, same device, same bits.
+//
+// The operations trust their arguments: shapes come from the memory plan (csrc/gpt2/plan.h) or were checked by the
+// bindings (csrc/bindings/ops.cpp), token and target ids were checked to be in [0, V) by the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/tensor.h"
+
+namespace llmc {
+
+// One slice of a parameter tensor in an AdamW call. All tensors have the same number n of elements.
+struct AdamWSlice {
+  Tensor param;            // X (n)
+  Tensor grad;             // G (n)
+  Tensor m, v;             // f32 (n)
+  Tensor master;           // f32 (n), or absent: then param itself is the value that is updated
+  float weight_decay = 0;  // decoupled
+  uint32_t seed = 0;       // of the stochastic rounding (bf16 only)
+  int64_t layer = 0;       // block index of the tensor, 0 outside the blocks
+  int64_t first = 0;       // index of the slice's first element in the unsharded tensor of that layer
+};
+
+struct AdamWStep {
+  float lr, beta1, beta2, eps;
+  int64_t t;          // 1-based step of the bias correction
+  Tensor grad_scale;  // f32 (1): gradients are multiplied by it
+};
+
+class Ops {
+ public:
+  virtual ~Ops();  // out of line (ops.cpp), the key function of the class
+
+  // For reports: device, instruction set, BLAS.
+  virtual const char* name() const = 0;
+
+  // --- memory -------------------------------------------------------------------------------------------------------
+  // Device memory, zeroed, aligned to 4096 bytes. Throws Error with the size if there is not enough.
+  virtual void* allocate(size_t bytes) = 0;
+  virtual void free(void* data) = 0;
+  virtual void fill_zero(Tensor x) = 0;
+  // Copies x.bytes() bytes from or to the host. download waits for all earlier operations.
+  virtual void upload(Tensor x, const void* host) = 0;
+  virtual void download(void* host, Tensor x) = 0;
+
+  // --- embedding ----------------------------------------------------------------------------------------------------
+  // out[b,t,:] = wte[tokens[b,t],:] + wpe[t,:]
+  //   out X (B,T,C); tokens i32 (B,T); wte X (Vp,C); wpe X (maxT,C)
+  virtual void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) = 0;
+
+  // dwte[v,:] += sum of dout[b,t,:] over tokens[b,t] == v;  dwpe[t,:] += sum of dout[b,t,:] over b
+  //   dwte G (Vp,C); dwpe G (maxT,C); dout X (B,T,C); tokens i32 (B,T)
+  //   order i32 (B·T): the positions of tokens sorted by token, ties in order of position (core/token_order.h)
+  //   G = bf16: each sum is formed in fp32 and added with one stochastic rounding, noise_2d(c, row, seed); wpe uses seed + 1.
+  virtual void embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, Tensor tokens, Tensor order, uint32_t seed) = 0;
+
+  // --- layernorm (Ba et al. 2016), eps = 1e-5 -----------------------------------------------------------------------
+  // mean = Σx/C, rstd = 1/sqrt(Σ(x-mean)²/C + eps), out = (x - mean)·rstd·weight + bias, per row
+  //   out, x X (N,C); mean, rstd f32 (N); weight, bias X (C)
+  virtual void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor x, Tensor weight, Tensor bias) = 0;
+
+  // residual = a + b (rounded to X first), then layernorm_forward of residual
+  //   residual, a, b X (N,C). residual may be a or b.
+  virtual void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                          Tensor weight, Tensor bias) = 0;
+
+  // With xhat = (x - mean)·rstd and g = dout·weight:
+  //   dx += rstd·(g - mean_C(g) - xhat·mean_C(g·xhat));  dweight += Σ_N dout·xhat;  dbias += Σ_N dout
+  //   dx, dout, x X (N,C); dweight, dbias G (C)
+  virtual void layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,
+                                  Tensor mean, Tensor rstd) = 0;
+
+  // --- matrix products; weights are (out_features, in_features) -----------------------------------------------------
+  // out = x·weightᵀ + bias
+  //   out X (N,OC); x X (N,IC); weight X (OC,IC); bias X (OC) or absent
+  virtual void matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) = 0;
+
+  // pre = x·weightᵀ + bias, out = gelu(pre). The fused form of matmul_forward and gelu_forward.
+  virtual void matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weight, Tensor bias) = 0;
+
+  // dx = dout·weight
+  //   dx X (N,IC); dout X (N,OC)
+  virtual void matmul_backward_input(Tensor dx, Tensor dout, Tensor weight) = 0;
+
+  // dpre = (dout·weight) · gelu'(pre). The fused form of matmul_backward_input and gelu_backward.
+  virtual void matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) = 0;
+
+  // dweight += doutᵀ·x
+  //   dweight G (OC,IC)
+  virtual void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) = 0;
+
+  // dbias += Σ_N dout
+  //   dbias G (OC); dout X (N,OC)
+  virtual void bias_backward(Tensor dbias, Tensor dout) = 0;
+
+  // --- GELU, tanh form (Hendrycks and Gimpel 2016) ------------------------------------------------------------------
+  // out = 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
+  virtual void gelu_forward(Tensor out, Tensor x) = 0;
+
+  // dx = dx·gelu'(x), in place: dx holds the gradient of the output on entry
+  virtual void gelu_backward(Tensor dx, Tensor x) = 0;
+
+  // --- causal self-attention without a (T,T) matrix (FlashAttention-2, Dao 2023) ------------------------------------
+  // p[t,u] = softmax over u <= t of (q[t]·k[u]/√HS); out[t] = Σ_u p[t,u]·v[u]; lse[t] = log Σ_u exp(q[t]·k[u]/√HS)
+  //   out X (B,T,C); lse f32 (B,NH,T); qkv X (B,T,3C): all q, then all k, then all v channels, head h at [h·HS, (h+1)·HS)
+  virtual void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) = 0;
+
+  // dqkv = gradient of the above, probabilities recomputed from lse
+  //   dqkv X (B,T,3C); dout, out X (B,T,C)
+  virtual void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) = 0;
+
+  // --- loss head ----------------------------------------------------------------------------------------------------
+  // For each row, p = softmax(logits[:V]): losses += -log p[target]; if write_dlogits, in place
+  // logits = (p - onehot(target))·dloss for columns < V and 0 for the padding columns
+  //   logits X (N,Vp); losses f32 (N); targets i32 (N)
+  virtual void fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
+                                bool write_dlogits) = 0;
+
+  // --- optimizer ----------------------------------------------------------------------------------------------------
+  // AdamW (Loshchilov and Hutter 2019), all slices in one call. With g = grad_scale·grad:
+  //   m = β1·m + (1-β1)·g;  v = β2·v + (1-β2)·g²;  w = w_old - lr·(m/(1-β1ᵗ)/(√(v/(1-β2ᵗ)) + eps) + weight_decay·w_old)
+  // w goes to master exactly and to param rounded: bf16 stochastically, with
+  // noise_2d(i mod 512, 512·⌊i/512⌋ + layer, seed) for element i of the layer's unsharded tensor.
+  virtual void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) = 0;
+
+  // sum += Σ x² over all tensors of the list (F32 or BF16)
+  //   sum f32 (1)
+  virtual void sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) = 0;
+
+  // norm = √sum; scale = max_norm/norm if norm > max_norm, else 1
+  //   norm, scale, sum f32 (1)
+  virtual void clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) = 0;
+
+  // --- small ones ---------------------------------------------------------------------------------------------------
+  // out = x, converted between fp32 and bf16 (nearest)
+  virtual void cast(Tensor out, Tensor x) = 0;
+
+  // out += x; F32 or BF16 each
+  virtual void accumulate(Tensor out, Tensor x) = 0;
+
+  // sum = Σ x
+  //   sum f32 (1); x f32
+  virtual void sum(Tensor sum, Tensor x) = 0;
+};
+
+}  // namespace llmc

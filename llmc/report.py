@@ -1,0 +1,91 @@
+"""What the trainer says before the first step: the table of settings and the sizes in memory."""
+
+from llmc.checkpoint import ITEM_BYTES
+from llmc.logger import Row, table
+from llmc.machine import cpu_name, memory_bytes
+from llmc.prepare import Run, bytes_by_lifetime
+
+MIB = 2**20
+
+
+def parameter_table(run: Run) -> str:
+    config, shape = run.config, run.shape
+    settings: list[Row] = [
+        ("train data pattern", run.train_pattern),
+        ("val data pattern", config.val_data),
+        ("output log dir", config.output_dir or "NULL"),
+        ("checkpoint_every", 0),
+        ("resume", 0),
+        ("micro batch size B", config.batch_size),
+        ("sequence length T", config.seq_len),
+        ("total batch size", run.tokens_per_step),
+        ("LR scheduler", config.scheduler),
+        ("learning rate (LR)", f"{config.learning_rate:e}"),
+        ("warmup iterations", config.warmup_steps),
+        ("final LR fraction", f"{config.final_lr_fraction:e}"),
+        ("weight decay", f"{config.weight_decay:e}"),
+        ("skip update lossz", f"{0:f}"),
+        ("skip update gradz", f"{0:f}"),
+        ("max_steps", config.max_steps),
+        ("val_loss_every", config.val_every),
+        ("val_max_steps", config.val_max_batches),
+        ("sample_every", config.sample_every),
+        ("genT", config.sample_length),
+        ("overfit_single_batch", int(config.overfit_one_batch)),
+        ("use_master_weights", "enabled" if config.master_weights else "disabled"),
+        ("gelu_fusion", 0),
+        ("recompute", config.recompute),
+    ]
+    device: list[Row] = [("device", cpu_name()), ("peak TFlops", "n/a"), ("precision", run.precision.upper())]
+    model: list[Row] = [
+        ("weight init method", config.model),
+        ("max_sequence_length T", shape.max_seq_len),
+        ("vocab_size V", shape.vocab_size),
+        ("padded_vocab_size Vp", shape.padded_vocab_size),
+        ("num_layers L", shape.num_layers),
+        ("num_heads NH", shape.num_heads),
+        ("channels C", shape.channels),
+        ("num_parameters", shape.num_parameters),
+    ]
+    batches: list[Row] = [("train_num_batches", run.num_steps), ("val_num_batches", run.val_batches)]
+    processes: list[Row] = ["Zero Optimization is disabled", ("num_processes", 1), ("zero_stage", 0)]
+    return table([settings, device, model, batches, [("run hellaswag", "no")], processes])
+
+
+def memory_report(run: Run) -> str:
+    """The plain lines below the table: warnings, sizes of the allocations, and what would still fit."""
+    config, shape = run.config, run.shape
+    B, T = config.batch_size, config.seq_len
+    lifetimes = bytes_by_lifetime(run.buffers)
+    optimizer = {name: size for name, lifetime, _, _, _, size in run.buffers if lifetime == "optimizer"}
+    used, memory = sum(lifetimes.values()), memory_bytes()
+    per_sequence = lifetimes["activations"] // B
+    lines = []
+    if not run.tokenizer:
+        lines += warning(f"no tokenizer beside {run.train_pattern}: samples are printed as token numbers")
+    if shape.max_seq_len > T:
+        lines += warning(
+            f"sequence length {T} is below the model's context {shape.max_seq_len}: later positions do not train"
+        )
+    lines += [
+        f"num_parameters: {shape.num_parameters} => bytes: {shape.num_parameters * ITEM_BYTES[run.precision]}",
+        f"allocated {lifetimes['parameters'] // MIB} MiB for model parameters",
+        f"batch_size B={B} * seq_len T={T} * num_processes=1 and total_batch_size={run.tokens_per_step}",
+        f"=> setting grad_accum_steps={run.accumulation_steps}",
+        f"allocating {lifetimes['gradients'] // MIB} MiB for parameter gradients",
+        f"allocating {lifetimes['activations'] // MIB} MiB for activations",
+        f"allocating {optimizer['m'] // MIB} MiB for AdamW optimizer state m",
+        f"allocating {optimizer['v'] // MIB} MiB for AdamW optimizer state v",
+    ]
+    if "master" in optimizer:
+        lines.append(f"allocating {optimizer['master'] // MIB} MiB for master copy of params")
+    lines += [
+        f"device memory usage: {used // MIB} MiB / {memory // MIB} MiB",
+        f"memory per sequence: {per_sequence // MIB} MiB",
+        f" -> estimated maximum batch size: {B + (memory - used) // per_sequence}",
+    ]
+    return "\n".join(lines)
+
+
+def warning(text: str) -> list[str]:
+    return ["---", f"WARNING: {text}", "---"]

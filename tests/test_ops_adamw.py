@@ -1,0 +1,116 @@
+"""adamw against torch.optim.AdamW in float64 and against the rule of stochastic rounding."""
+
+import pytest
+import torch
+from ops_testing import (
+    DTYPES_X_G,
+    F32,
+    assert_same_for_all_thread_counts,
+    assert_within,
+    normal,
+    round_stochastically,
+    same_bits,
+)
+
+from llmc import _C
+
+HYPER = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+SIZES = [1, 8, 97, 513, 2049, 30011]
+
+
+def reference(param: torch.Tensor, grads: list[torch.Tensor], weight_decay: float) -> tuple[torch.Tensor, ...]:
+    """param, m and v after one step for each gradient, in float64."""
+    w = param.double().requires_grad_()
+    optimizer = torch.optim.AdamW(
+        [w], lr=HYPER["lr"], betas=(HYPER["beta1"], HYPER["beta2"]), eps=HYPER["eps"], weight_decay=weight_decay
+    )
+    for grad in grads:
+        w.grad = grad
+        optimizer.step()
+    return w.detach(), optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("master_weights", [False, True])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES_X_G)
+@pytest.mark.parametrize("n", SIZES)
+def test_steps(n: int, dtype: torch.dtype, grad_dtype: torch.dtype, master_weights: bool, weight_decay: float) -> None:
+    scale = 0.37
+    steps = 4 if dtype == torch.float32 or master_weights else 1  # without master weights bf16 drifts by its rounding
+    grads = [normal((n,), grad_dtype, seed) for seed in range(steps)]
+    param = normal((n,), dtype, seed=99, scale=0.02)
+    start = param.clone()
+    master = param.float() if master_weights else None
+    m, v = torch.zeros(n), torch.zeros(n)
+    for t, grad in enumerate(grads, start=1):
+        _C.ops.adamw(param, grad, m, v, master, **HYPER, weight_decay=weight_decay, t=t, grad_scale=scale, seed=7)
+
+    w64, m64, v64 = reference(start, [g.double() * scale for g in grads], weight_decay)
+    # m and v: scale and betas are rounded to fp32, each step has three or four operations; relative to the largest
+    # gradient of the element, since m may cancel.
+    largest = torch.stack([g.double().abs() * scale for g in grads]).amax(0)
+    assert_within(m, m64, 8 * steps * F32 * largest)
+    assert_within(v, v64, 12 * steps * F32 * largest**2)
+    # The step: lr times a quotient with about ten roundings, more where m cancels; w itself is rounded once a step.
+    ratio = largest / (v64 / (1 - HYPER["beta2"] ** steps)).sqrt()
+    error = steps * (HYPER["lr"] * (24 * ratio + 4) + 2 * start.double().abs()) * F32
+    if dtype == torch.float32:
+        assert_within(param, w64, error)
+    if master is not None:
+        assert_within(master, w64, error)
+    if dtype == torch.bfloat16:
+        # Stochastic rounding is off by less than a whole unit in the last place.
+        assert_within(param, w64, error + w64.abs() * 2.0**-7)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("layer", "first"), [(0, 0), (3, 0), (11, 1), (2, 511), (5, 1000003)])
+def test_rounding_is_a_function_of_the_index(layer: int, first: int, grad_dtype: torch.dtype) -> None:
+    n, seed = 1543, 0xDEADBEEF
+    param, grad = normal((n,), torch.bfloat16, 1), normal((n,), grad_dtype, 2)
+    master, m, v = param.float(), torch.zeros(n), torch.zeros(n)
+    arguments = {**HYPER, "weight_decay": 0.1, "t": 1, "grad_scale": 1.0, "seed": seed, "layer": layer}
+    _C.ops.adamw(param, grad, m, v, master, **arguments, first=first)
+    index = torch.arange(first, first + n)
+    assert same_bits(param, round_stochastically(master, index % 512, 512 * (index // 512) + layer, seed))
+
+
+def test_slices_equal_the_whole() -> None:
+    n = 2000
+    whole = [normal((n,), torch.bfloat16, 1), normal((n,), torch.float32, 2), torch.zeros(n), torch.zeros(n)]
+    parts = [t.clone() for t in whole]
+    arguments = {**HYPER, "weight_decay": 0.1, "t": 3, "grad_scale": 0.5, "seed": 5, "layer": 2}
+    _C.ops.adamw(*whole, None, **arguments)
+    for begin, end in [(0, 600), (600, 601), (601, n)]:
+        _C.ops.adamw(*[t[begin:end] for t in parts], None, **arguments, first=begin)
+    for a, b in zip(whole, parts, strict=True):
+        assert same_bits(a, b)
+
+
+def test_fp32_weights_are_their_own_master() -> None:
+    own = [normal((100,), torch.float32, seed) for seed in (1, 2)] + [torch.zeros(100), torch.zeros(100)]
+    with_master = [t.clone() for t in own]
+    master = own[0].clone()
+    arguments = {**HYPER, "weight_decay": 0.1, "t": 1, "grad_scale": 1.0}
+    _C.ops.adamw(*own, None, **arguments)
+    _C.ops.adamw(*with_master, master, **arguments)
+    assert same_bits(own[0], with_master[0]) and same_bits(own[0], master)
+
+
+def test_bias_correction_of_late_steps() -> None:
+    """At t = 100000 both corrections are 1."""
+    m, v, param = torch.ones(1), torch.ones(1), torch.ones(1)
+    _C.ops.adamw(param, torch.ones(1), m, v, None, 0.5, 0.9, 0.95, 1e-8, 0.0, 100000, 1.0)
+    assert param.item() == pytest.approx(0.5, abs=2 * F32)  # m = v = 1 up to one rounding each
+
+
+def test_thread_counts() -> None:
+    n = 30011
+    start = [normal((n,), torch.bfloat16, 1), normal((n,), torch.bfloat16, 2), torch.zeros(n), torch.zeros(n)]
+
+    def run() -> list[torch.Tensor]:
+        tensors = [t.clone() for t in start]
+        _C.ops.adamw(*tensors, None, **HYPER, weight_decay=0.1, t=1, grad_scale=1.0, seed=3)
+        return tensors
+
+    assert_same_for_all_thread_counts(run)
