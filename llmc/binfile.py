@@ -3,7 +3,9 @@
 Every reader goes through `read_header`, so that a missing, short, foreign or newer file gets one clear line.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +35,24 @@ KINDS = {
 }
 
 
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def write_header(file: BinaryIO, slots: dict[int, int]) -> None:
     """Write the 1024 header bytes; slots not named are 0."""
     header = np.zeros(HEADER_SLOTS, dtype="<i4")
@@ -48,9 +68,10 @@ def read_header(path: str | os.PathLike[str], magic: int, versions: tuple[int, .
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
     except OSError as error:
-        raise RunError(f"cannot read {KINDS[magic]} {path}: {error.strerror}") from error
+        raise RunError(f"cannot read {KINDS[magic]} {path}: {error.strerror or error}") from error
     if len(raw) < HEADER_BYTES:
-        raise RunError(f"{path} is not a {KINDS[magic]}: it has {len(raw)} bytes, the header alone takes {HEADER_BYTES}")
+        short = f"it has {len(raw)} bytes, the header alone takes {HEADER_BYTES}"
+        raise RunError(f"{path} is not a {KINDS[magic]}: {short}")
     header = np.frombuffer(raw, dtype="<i4")
     found = int(header[0])
     if found != magic:

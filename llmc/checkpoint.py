@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 
-from llmc.binfile import HEADER_BYTES, MAGIC_DEBUG_STATE, MAGIC_MODEL, check_size, read_header, write_header
-from llmc.data.shards import atomic_write
+from llmc.binfile import (
+    HEADER_BYTES,
+    MAGIC_DEBUG_STATE,
+    MAGIC_MODEL,
+    atomic_write,
+    check_size,
+    read_header,
+    write_header,
+)
 from llmc.errors import RunError
 
 if TYPE_CHECKING:

@@ -40,7 +40,6 @@ def one_of(*choices: Any) -> Rule:
 
 ANY = Rule("", lambda value: True)
 NOT_EMPTY = Rule("a name or pattern", lambda value: value != "")
-ABOVE_0 = Rule("above 0", lambda value: value > 0)
 FRACTION = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 
 
@@ -83,13 +82,13 @@ class TrainConfig:
     )
     max_steps: int = flag("-x", -1, "workload", minus_one_or(0), "optimizer steps; 0: evaluate only, -1: one epoch")
     scheduler: str = flag("-k", "cosine", "optimization", one_of(*SCHEDULERS), "learning rate scheduler")
-    learning_rate: float = flag("-l", 3e-4, "optimization", ABOVE_0, "peak learning rate")
+    learning_rate: float = flag("-l", 3e-4, "optimization", at_least(0), "peak learning rate")
     warmup_steps: int = flag("-u", 0, "optimization", at_least(0), "steps of linear warm-up")
     final_lr_fraction: float = flag("-q", 1.0, "optimization", FRACTION, "final learning rate as a part of the peak")
     weight_decay: float = flag("-c", 0.0, "optimization", at_least(0), "weight decay of matrices and embeddings")
-    val_every: int = flag("-v", 20, "evaluation", ANY, "validate every so many steps; below 1: only at the end")
+    val_every: int = flag("-v", 20, "evaluation", ANY, "validate every so many steps and at the end; below 1: only at the end")
     val_max_batches: int = flag("-m", 20, "evaluation", minus_one_or(1), "batches per validation; -1: the whole split")
-    sample_every: int = flag("-s", 20, "evaluation", ANY, "sample text every so many steps; below 1: only at the end")
+    sample_every: int = flag("-s", 20, "evaluation", ANY, "sample text every so many steps and at the end; below 1: never")
     sample_length: int = flag("-g", 64, "evaluation", at_least(1), "tokens per sample, at most the sequence length")
     overfit_one_batch: bool = flag(
         "-a", False, "debugging", ANY, "1: every step sees the same first batch, taken from the validation data"

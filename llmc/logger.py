@@ -74,8 +74,9 @@ class Logger:
                 try:
                     output_dir.mkdir(parents=True)
                 except OSError as error:
+                    reason = error.strerror or error
                     raise RunError(
-                        f"cannot create the output directory {output_dir}: {error.strerror}; choose another with -o"
+                        f"cannot create the output directory {output_dir}: {reason}; choose another with -o"
                     ) from error
                 print(f"created directory: {output_dir}")
             self._write("w", "")
@@ -98,7 +99,8 @@ class Logger:
             with open(self.path, mode) as file:
                 file.write(text)
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}; choose another directory with -o") from error
+            reason = error.strerror or error
+            raise RunError(f"cannot write {self.path}: {reason}; choose another directory with -o") from error
 
 
 class Throughput:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmc import models
 from llmc.checkpoint import FileDtype, ModelShape, load_model, read_model_header
@@ -12,7 +12,12 @@ from llmc.data.shards import find_shards
 from llmc.errors import RunError, UsageError
 from llmc.machine import memory_bytes
 from llmc.schedule import Schedule
-from llmc.tokenizer import Tokenizer, find_tokenizer
+from llmc.tokenizer import Tokenizer, dataset_tokenizer, working_directory_tokenizer
+
+if TYPE_CHECKING:
+    from llmc import _C
+
+Buffer = tuple[str, str, str, tuple[int, ...], int, int]  # name, lifetime, dtype, shape, offset, bytes
 
 INIT_SEED = 42  # of the weights of a descriptor
 WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
@@ -24,8 +29,8 @@ class Run:
 
     config: TrainConfig
     shape: ModelShape
-    model: Any  # llmc._C.GPT2
-    buffers: list[Any]  # of the memory plan: (name, lifetime, dtype, shape, offset, bytes)
+    model: "_C.GPT2"
+    buffers: list[Buffer]  # of the memory plan
     precision: FileDtype
     train_pattern: str
     train_loader: DataLoader
@@ -51,7 +56,7 @@ class Run:
         """What a sample starts with: end-of-text, as far as it is known."""
         if self.tokenizer:
             return self.tokenizer.end_of_text
-        return self.shape.vocab_size - 1 if self.shape.vocab_size == models.GPT2_VOCAB_SIZE else 0
+        return models.END_OF_TEXT.get(self.shape.vocab_size, 0)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -63,8 +68,8 @@ def prepare(config: TrainConfig) -> Run:
         raise UsageError("-w 0 has no effect in fp32, where parameters are their own master copy: drop it")
 
     train_pattern = config.val_data if config.overfit_one_batch else config.train_data
-    stored_shape = stored_model_shape(config.model) if is_file(config.model) else None
-    tokenizers = [data_tokenizer(pattern) for pattern in (train_pattern, config.val_data)]
+    stored_shape = stored_model_shape(config) if is_file(config.model) else None
+    tokenizers = [dataset_tokenizer(find_shards(pattern)[0]) for pattern in (train_pattern, config.val_data)]
     tokenizer = tokenizers[0] or tokenizers[1]
     shape = stored_shape or models.resolve(config.model, tokenizer.vocab_size if tokenizer else None)
     if shape.max_seq_len < T:
@@ -73,6 +78,7 @@ def prepare(config: TrainConfig) -> Run:
         )
     for known in filter(None, tokenizers):
         check_vocabulary(config.model, shape, known)
+    check_same_tokens(*tokenizers)
 
     shuffle = not config.overfit_one_batch
     train_loader = DataLoader(train_pattern, B, T, shuffle=shuffle, vocab_size=shape.vocab_size)
@@ -99,7 +105,7 @@ def prepare(config: TrainConfig) -> Run:
         train_pattern=train_pattern,
         train_loader=train_loader,
         val_loader=val_loader,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or working_directory_tokenizer(shape.vocab_size),
         accumulation_steps=accumulation_steps,
         num_steps=num_steps,
         val_batches=val_batches,
@@ -112,17 +118,17 @@ def is_file(model: str) -> bool:
     return model.endswith(".bin")
 
 
-def stored_model_shape(path: str) -> ModelShape:
-    if not Path(path).exists() and Path(path).name in WELL_KNOWN_FILES:
-        descriptor = WELL_KNOWN_FILES[Path(path).name]
-        raise RunError(f"-e {path}: there is no such file; to train this model from scratch use -e {descriptor}")
-    return read_model_header(path)[0]
-
-
-def data_tokenizer(pattern: str) -> Tokenizer | None:
-    find_shards(pattern)  # that the data is missing is to be said first
-    path = find_tokenizer(pattern)
-    return Tokenizer(path) if path else None
+def stored_model_shape(config: TrainConfig) -> ModelShape:
+    path = Path(config.model)
+    if path.exists() or path.name not in WELL_KNOWN_FILES:
+        return read_model_header(path)[0]
+    message = f"-e {path}: there is no such file; to train this model from scratch use -e {WELL_KNOWN_FILES[path.name]}"
+    if path.name == "gpt2_124M_bf16.bin":
+        message += (
+            "; to make the file from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 "
+            f"--num_iterations 0 --input_bin '{config.train_data}' (needs the transformers package and the network)"
+        )
+    raise RunError(message)
 
 
 def check_vocabulary(model: str, shape: ModelShape, tokenizer: Tokenizer) -> None:
@@ -137,9 +143,20 @@ def check_vocabulary(model: str, shape: ModelShape, tokenizer: Tokenizer) -> Non
         )
 
 
-def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) -> tuple[Any, list[Any]]:
+def check_same_tokens(train: Tokenizer | None, val: Tokenizer | None) -> None:
+    """Numbers must mean the same text in both data sets."""
+    if train and val and train.tokens != val.tokens:
+        raise RunError(
+            f"the data of -i and -j have different tokens ({train.path} and {val.path}): "
+            "give training and validation data of one data set"
+        )
+
+
+def build_model(
+    config: TrainConfig, shape: ModelShape, precision: FileDtype
+) -> tuple["_C.GPT2", list[Buffer]]:
     """The model with its weights, and its memory plan."""
-    import llmc._C as _C
+    from llmc import _C
 
     core_config = _C.GPT2Config(**asdict(shape))
     options = _C.Options(
@@ -147,6 +164,7 @@ def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) ->
         seq_len=config.seq_len,
         precision=precision,
         recompute=config.recompute,
+        gelu_fusion=2,  # costs nothing on the CPU: the same bits, fewer passes over memory
         master_weights=config.master_weights,
     )
     buffers = _C.plan(core_config, options)
@@ -164,7 +182,7 @@ def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) ->
     return model, buffers
 
 
-def bytes_by_lifetime(buffers: list[Any]) -> dict[str, int]:
+def bytes_by_lifetime(buffers: list[Buffer]) -> dict[str, int]:
     """Bytes of each allocation. Buffers may share memory, so it is the last end that counts."""
     ends: dict[str, int] = {}
     for _, lifetime, _, _, offset, size in buffers:

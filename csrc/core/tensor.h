@@ -27,14 +27,17 @@ struct Tensor {
   }
 };
 
-LLMC_INLINE Tensor make_tensor(void* data, DType dtype, int64_t d0) {
-  return Tensor{data, dtype, 1, {d0, 1, 1, 1}};
-}
+LLMC_INLINE Tensor make_tensor(void* data, DType dtype, int64_t d0) { return Tensor{data, dtype, 1, {d0, 1, 1, 1}}; }
 LLMC_INLINE Tensor make_tensor(void* data, DType dtype, int64_t d0, int64_t d1) {
   return Tensor{data, dtype, 2, {d0, d1, 1, 1}};
 }
 LLMC_INLINE Tensor make_tensor(void* data, DType dtype, int64_t d0, int64_t d1, int64_t d2) {
   return Tensor{data, dtype, 3, {d0, d1, d2, 1}};
+}
+
+// Elements [begin, end) of the tensor, flat.
+LLMC_INLINE Tensor slice_elements(const Tensor& x, int64_t begin, int64_t end) {
+  return make_tensor(static_cast<char*>(x.data) + begin * size_of(x.dtype), x.dtype, end - begin);
 }
 
 // Rows [begin, end) of the tensor seen as (rows, last).

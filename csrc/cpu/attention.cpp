@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/integers.h"
 #include "cpu/blas.h"
 #include "cpu/cpu_ops.h"
 #include "cpu/dispatch.h"
@@ -22,15 +23,11 @@
 namespace llmc::cpu::LLMC_ISA {
 namespace {
 
-constexpr int64_t kQueries = 64;            // of a block
-constexpr int64_t kKeys = 1024;             // of a block, a multiple of kQueries
-constexpr int64_t kScoreLd = kKeys + 16;    // row stride of a score block; not a power of two, for the cache's sake
-constexpr int64_t kEnoughItems = 64;        // forward work items, to keep many threads busy
-constexpr int64_t kEnoughHeads = 8;         // batch·heads from which the backward has one work item per head
-
-LLMC_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-LLMC_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-LLMC_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kQueries = 64;          // of a block
+constexpr int64_t kKeys = 1024;           // of a block, a multiple of kQueries
+constexpr int64_t kScoreLd = kKeys + 16;  // row stride of a score block; not a power of two, for the cache's sake
+constexpr int64_t kEnoughItems = 64;      // forward work items, to keep many threads busy
+constexpr int64_t kEnoughHeads = 8;       // batch·heads from which the backward has one work item per head
 
 struct Shape {
   int64_t B, T, NH, HS;
@@ -75,30 +72,50 @@ void round_to(bf16* to, int64_t ld, Rows<float> from, int64_t rows, int64_t cols
   }
 }
 
-// Replaces n scores by exp(score - maximum) and the following ones up to `end` by 0. Updates the running maximum and sum;
-// returns the factor by which everything summed before has to be multiplied.
-LLMC_INLINE float softmax_row(float* scores, int64_t n, int64_t end, float& running_max, float& running_sum) {
-  constexpr int64_t kLanes = 16;
-  alignas(64) float lane[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) lane[j] = running_max;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int64_t j = 0; j < kLanes; ++j) lane[j] = scores[i + j] > lane[j] ? scores[i + j] : lane[j];
-  }
-  float maximum = running_max;
-  for (int64_t j = 0; j < kLanes; ++j) maximum = lane[j] > maximum ? lane[j] : maximum;
-  for (; i < n; ++i) maximum = scores[i] > maximum ? scores[i] : maximum;
+// Rows of scores are processed kLanes at a time, without a scalar remainder (kScoreLd leaves room): in the last vector the
+// scores behind the n visible ones are first replaced by a visible one, then their exponentials by 0. (With -inf in their
+// place every row would pay for an underflow.)
+constexpr int64_t kLanes = 16;
 
+// Returns n rounded up to a multiple of kLanes.
+LLMC_INLINE int64_t cover_tail(float* scores, int64_t n) {
+  const int64_t last = (n - 1) / kLanes * kLanes;
+  const float visible = scores[last];
+#pragma omp simd
+  for (int64_t j = 0; j < kLanes; ++j) scores[last + j] = last + j < n ? scores[last + j] : visible;
+  return last + kLanes;
+}
+
+// Sets the scores [begin, end) to 0; begin is a multiple of kLanes.
+LLMC_INLINE void clear(float* scores, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) scores[i + j] = 0;
+  }
+}
+
+// Replaces n scores by exp(score - maximum) and the following ones up to `end` by 0. Updates the running maximum and sum;
+// returns the factor by which everything summed before has to be multiplied. 1 <= n <= end.
+LLMC_INLINE float softmax_row(float* scores, int64_t n, int64_t end, float& running_max, float& running_sum) {
+  const int64_t padded = cover_tail(scores, n), last = padded - kLanes;
+  float maximum = running_max;
+#pragma omp simd reduction(max : maximum)
+  for (int64_t i = 0; i < padded; ++i) maximum = scores[i] > maximum ? scores[i] : maximum;
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < n; ++k) {
-    scores[k] = fast_exp(scores[k] - maximum);
-    sum += scores[k];
+  for (int64_t i = 0; i < last; ++i) {
+    scores[i] = fast_exp(scores[i] - maximum);
+    sum += scores[i];
   }
-  for (int64_t k = n; k < end; ++k) scores[k] = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < kLanes; ++j) {
+    const float p = fast_exp(scores[last + j] - maximum);
+    scores[last + j] = last + j < n ? p : 0.0f;
+    sum += scores[last + j];
+  }
+  clear(scores, padded, end);
 
-  const float correction = fast_exp(running_max - maximum);
+  const float correction = running_max == -FLT_MAX ? 0.0f : fast_exp(running_max - maximum);
   running_max = maximum;
   running_sum = running_sum * correction + sum;
   return correction;
@@ -161,8 +178,8 @@ void forward(X* out, float* lse, const X* qkv, const Shape& s) {
   for (int64_t item = 0; item < items; ++item) {
     const int64_t b = item % heads / s.NH, h = item % heads % s.NH;
     const int64_t begin = (chunks - 1 - item / heads) * chunk;  // the last queries first: they take longest
-    forward_queries(out + b * s.T * C + h * s.HS, lse + (b * s.NH + h) * s.T, qkv + b * s.T * 3 * C + h * s.HS, s, begin,
-                    min(begin + chunk, s.T));
+    forward_queries(out + b * s.T * C + h * s.HS, lse + (b * s.NH + h) * s.T, qkv + b * s.T * 3 * C + h * s.HS, s,
+                    begin, min(begin + chunk, s.T));
   }
 }
 
@@ -230,12 +247,15 @@ void backward_pairs(const Head<X>& head, const Shape& s, Range queries, Range ke
         const float lse = head.lse[first + r], row_delta = delta[r];
         float* p = probabilities + r * kScoreLd;
         float* ds = dscores + r * kScoreLd;
+        const int64_t padded = visible > 0 ? cover_tail(p, visible) : 0;
 #pragma omp simd
-        for (int64_t i = 0; i < visible; ++i) {
-          p[i] = fast_exp(p[i] - lse);
+        for (int64_t i = 0; i < padded; ++i) {
+          const float probability = fast_exp(p[i] - lse);
+          p[i] = i < visible ? probability : 0.0f;
           ds[i] = p[i] * (ds[i] - row_delta);
         }
-        for (int64_t i = visible; i < n; ++i) p[i] = ds[i] = 0;
+        clear(p, padded, n);
+        clear(ds, padded, n);
       }
       const float add = block == blocks - 1 ? 0.0f : 1.0f;
       if (want_dkv) {

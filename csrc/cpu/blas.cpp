@@ -7,6 +7,8 @@
 //   OpenBLAS 0.3.34       210             175           103
 #include "cpu/blas.h"
 
+#include <cstring>
+
 extern "C" {
 
 // The Fortran interface: column-major matrices, 32-bit integers, everything by address.
@@ -37,19 +39,31 @@ bool is_intel() {
 #endif
 }
 
-struct Library {
-  bool mkl;
-  char name[256];
+// Copies what follows `prefix` in text up to one of the characters in `ends`.
+void append_version(char* name, const char* text, const char* prefix, const char* ends) {
+  const char* begin = std::strstr(text, prefix);
+  if (begin == nullptr) return;
+  begin += std::strlen(prefix);
+  std::strncat(name, begin, std::strcspn(begin, ends));
+}
 
-  Library() : mkl(is_intel() && sgemm_ && MKL_Set_Num_Threads_Local && MKL_Get_Version_String), name{} {
+struct Library {
+  bool mkl = is_intel() && sgemm_ && MKL_Set_Num_Threads_Local && MKL_Get_Version_String;
+  char name[256] = {};
+
+  Library() {
     if (mkl) {
-      MKL_Get_Version_String(name, sizeof name);
-      for (char* last = name + sizeof name - 1; last >= name && (*last == 0 || *last == ' '); --last) *last = 0;
+      char version[200] = {};
+      MKL_Get_Version_String(version, int(sizeof version) - 1);
+      std::strcpy(name, "MKL ");
+      append_version(name, version, "Version ", " -");
     } else {
       // Process-wide for this copy of OpenBLAS, which is ours alone.
       scipy_openblas_set_num_threads(1);
-      const char* config = scipy_openblas_get_config();
-      for (int i = 0; i < int(sizeof name) - 1 && config[i]; ++i) name[i] = config[i];
+      char version[200] = {};
+      std::strncpy(version, scipy_openblas_get_config(), sizeof version - 1);
+      std::strcpy(name, "OpenBLAS ");
+      append_version(name, version, "OpenBLAS ", " ");
     }
   }
 };

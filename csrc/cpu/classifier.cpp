@@ -14,27 +14,7 @@
 namespace llmc::cpu::LLMC_ISA {
 namespace {
 
-constexpr int64_t kLanes = 64;    // independent running maxima: four registers of AVX-512
-constexpr int64_t kBlock = 2048;  // elements, a multiple of kLanes
-
-// The largest of n values, ignoring NaN; at least `least`.
-template <typename X>
-LLMC_INLINE float maximum(const X* x, int64_t n, float least) {
-  alignas(64) float lane[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lane[i] = least;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const float value = to_float(x[i + j]);
-      lane[j] = value > lane[j] ? value : lane[j];
-    }
-  }
-  float result = least;
-  for (int64_t j = 0; j < kLanes; ++j) result = lane[j] > result ? lane[j] : result;
-  for (; i < n; ++i) result = to_float(x[i]) > result ? to_float(x[i]) : result;
-  return result;
-}
+constexpr int64_t kBlock = 2048;  // elements
 
 template <typename X>
 void classify_row(X* logits, float* loss, int64_t target, int64_t V, int64_t Vp, float dloss, bool write_dlogits) {
@@ -43,7 +23,8 @@ void classify_row(X* logits, float* loss, int64_t target, int64_t V, int64_t Vp,
     const X* x = logits + begin;
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
     const float previous = max;
-    max = maximum(x, n, max);
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; ++i) max = to_float(x[i]) > max ? to_float(x[i]) : max;
     if (max > previous) sum *= fast_exp(previous - max);
     float block_sum = 0;
 #pragma omp simd reduction(+ : block_sum)

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/integers.h"
 #include "cpu/blas.h"
 #include "cpu/cpu_ops.h"
 #include "cpu/dispatch.h"
@@ -36,24 +37,22 @@ struct TileShape {
 
 // By measurement with MKL on a Xeon with AVX-512 and 2 MiB of L2, at the shapes of GPT-2 124M and of small models. BLAS packs
 // its operands anew for every tile, and packing the transposed one costs most: x·weightᵀ wants high tiles, doutᵀ·x wide ones.
-// x·weightᵀ is 4 to 8 % faster up to 144 columns than beyond; dout·weight with wide rows halves its speed below 192 rows.
+// x·weightᵀ is 4 to 8 % faster up to 144 columns than beyond; dout·weight with 3072 columns is 40 % slower below 192 rows.
 constexpr TileShape kForward{512, 144, 0.125f};
 constexpr TileShape kBackwardInput{256, 384, 3};
 constexpr TileShape kBackwardWeight{384, 768, 4};
 
-constexpr int64_t kFewTiles = 8;            // more cost 5 % for repeated packing, fewer leave cores idle
-constexpr int64_t kSmallTile = 8 << 20;     // operations; a tile with less (20 us of a core) is not halved
-constexpr int64_t kLargeTile = 640 << 20;   // operations; a tile with more (3 ms of a core) is halved
-constexpr int64_t kBlockK = 512;            // depth of the bf16 panels
+constexpr int64_t kFewTiles = 8;           // more cost 5 % for repeated packing, fewer leave cores idle
+constexpr int64_t kSmallTile = 8 << 20;    // operations; a tile with less (20 us of a core) is not halved
+constexpr int64_t kLargeTile = 640 << 20;  // operations; a tile with more (3 ms of a core) is halved
+constexpr int64_t kLargeArea = 256 * 256;  // elements; unless it has fewer than that
+constexpr int64_t kBlockK = 512;           // depth of the bf16 panels
+constexpr int64_t kStrip = 64;             // columns of a work item of the bias gradient
 
 struct Tiles {
   int64_t rows, cols;    // of one tile; those at the edges may be smaller
   int64_t down, across;  // how many
 };
-
-LLMC_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-LLMC_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-LLMC_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Into how many parts of at most `largest` to cut n. Few parts are a power of two, for equal shares of the usual numbers of
 // threads.
@@ -66,8 +65,11 @@ int64_t parts(int64_t n, int64_t largest) {
 
 Tiles cut(int64_t m, int64_t n, int64_t k, const TileShape& largest) {
   int64_t down = parts(m, largest.rows), across = parts(n, largest.cols);
-  const auto work = [&] { return 2 * m * n * k / (down * across); };
-  while (work() > (down * across < kFewTiles ? kSmallTile : kLargeTile)) {
+  const auto too_large = [&] {
+    const int64_t count = down * across, area = m * n / count;
+    return count < kFewTiles ? 2 * area * k > kSmallTile : area > kLargeArea && 2 * area * k > kLargeTile;
+  };
+  while (too_large()) {
     const bool high = float(m) / float(down) * largest.aspect > float(n) / float(across);
     (high ? down : across) *= 2;
   }
@@ -76,15 +78,15 @@ Tiles cut(int64_t m, int64_t n, int64_t k, const TileShape& largest) {
 }
 
 // c (rows,cols), row stride ldc = or += the tile of the product at (row, col).
-void tile_product(const Product<float>& p, int64_t row, int64_t col, int64_t rows, int64_t cols, bool accumulate, float* c,
-                  int64_t ldc, float* /*panels*/) {
+void tile_product(const Product<float>& p, int64_t row, int64_t col, int64_t rows, int64_t cols, bool accumulate,
+                  float* c, int64_t ldc, float* /*panels*/) {
   const int64_t lda = p.transpose_a ? p.m : p.k, ldb = p.transpose_b ? p.k : p.n;
   blas::gemm(p.transpose_a, p.transpose_b, rows, cols, p.k, 1.0f, p.a + (p.transpose_a ? row : row * lda), lda,
              p.b + (p.transpose_b ? col * ldb : col), ldb, accumulate ? 1.0f : 0.0f, c, ldc);
 }
 
-void tile_product(const Product<bf16>& p, int64_t row, int64_t col, int64_t rows, int64_t cols, bool accumulate, float* c,
-                  int64_t ldc, float* panels) {
+void tile_product(const Product<bf16>& p, int64_t row, int64_t col, int64_t rows, int64_t cols, bool accumulate,
+                  float* c, int64_t ldc, float* panels) {
   const int64_t lda = p.transpose_a ? p.m : p.k, ldb = p.transpose_b ? p.k : p.n;
   float* a = panels;
   float* b = panels + rows * kBlockK;
@@ -180,18 +182,17 @@ template <typename X, typename G>
 void backward_weight(G* dweight, const X* dout, const X* x, int64_t m, int64_t n, int64_t k) {
   const Product<X> product{m, n, k, dout, true, x, false};
   float* direct = fp32_or_null(dweight);
-  multiply(product, kBackwardWeight, direct, direct != nullptr, [&](int64_t at, int64_t, int64_t count, const float* c) {
-    if constexpr (std::is_same_v<G, bf16>) {
+  const auto add = [&](int64_t at, int64_t, int64_t count, const float* c) {
+    if (direct) return;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) store(dweight + at + i, to_float(dweight[at + i]) + c[i]);
-    }
-  });
+    for (int64_t i = 0; i < count; ++i) store(dweight + at + i, to_float(dweight[at + i]) + c[i]);
+  };
+  multiply(product, kBackwardWeight, direct, direct != nullptr, add);
 }
 
 // One strip of columns, summed over the rows from top to bottom.
 template <typename X, typename G>
 void bias_strip(G* dbias, const X* dout, int64_t rows, int64_t ld, int64_t count) {
-  constexpr int64_t kStrip = 64;
   alignas(64) float sum[kStrip] = {};
   if (count == kStrip) {  // a constant count keeps the sums in registers
     for (int64_t row = 0; row < rows; ++row, dout += ld) {
@@ -218,7 +219,8 @@ void CpuOps::matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) {
 void CpuOps::matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weight, Tensor bias) {
   dispatch(x.dtype, [&](auto zero) {
     using X = decltype(zero);
-    forward<X>(out.as<X>(), pre.as<X>(), x.as<X>(), weight.as<X>(), bias.as<X>(), x.rows(), weight.rows(), weight.last());
+    forward<X>(out.as<X>(), pre.as<X>(), x.as<X>(), weight.as<X>(), bias.as<X>(), x.rows(), weight.rows(),
+               weight.last());
   });
 }
 
@@ -232,7 +234,8 @@ void CpuOps::matmul_backward_input(Tensor dx, Tensor dout, Tensor weight) {
 void CpuOps::matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) {
   dispatch(dout.dtype, [&](auto zero) {
     using X = decltype(zero);
-    backward_input<X>(dpre.as<X>(), dout.as<X>(), weight.as<X>(), pre.as<X>(), dout.rows(), weight.last(), weight.rows());
+    backward_input<X>(dpre.as<X>(), dout.as<X>(), weight.as<X>(), pre.as<X>(), dout.rows(), weight.last(),
+                      weight.rows());
   });
 }
 
@@ -249,7 +252,6 @@ void CpuOps::bias_backward(Tensor dbias, Tensor dout) {
     using X = decltype(zero_x);
     using G = decltype(zero_g);
     const int64_t rows = dout.rows(), channels = dout.last();
-    constexpr int64_t kStrip = 64;
 #pragma omp parallel for schedule(static) if (rows * channels > 16384)
     for (int64_t begin = 0; begin < channels; begin += kStrip) {
       bias_strip<X, G>(dbias.as<G>() + begin, dout.as<X>() + begin, rows, channels, min(kStrip, channels - begin));

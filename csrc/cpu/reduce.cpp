@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "core/integers.h"
 #include "cpu/cpu_ops.h"
 #include "cpu/dispatch.h"
 
@@ -14,8 +15,6 @@ namespace {
 constexpr int64_t kBlock = 1 << 10;     // elements added in fp32
 constexpr int64_t kChunk = 1 << 14;     // elements of a work item
 constexpr int64_t kChunksAtOnce = 512;  // of one parallel region: the size of its table of sums
-
-LLMC_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Σ f(x).
 template <typename X, typename F>

@@ -12,20 +12,22 @@ int64_t GPT2Config::num_parameters() const {
 }
 
 void GPT2Config::validate() const {
-  constexpr int64_t kLimit = int64_t(1) << 24;  // keeps every product of two of them far from overflow
-  const auto check_range = [](const char* what, int64_t value) {
-    LLMC_CHECK(value >= 1 && value <= kLimit, "%s is %" PRId64 ", it must be between 1 and %" PRId64, what, value, kLimit);
+  // The limits keep every size, in bytes too, far from 63 bits.
+  constexpr int64_t kMaxIds = 1 << 24, kMaxLayers = 1 << 12, kMaxChannels = 1 << 17;
+  const auto check_range = [](const char* what, int64_t value, int64_t limit) {
+    LLMC_CHECK(value >= 1 && value <= limit, "%s is %" PRId64 ", it must be between 1 and %" PRId64, what, value,
+               limit);
   };
-  check_range("max_seq_len", max_seq_len);
-  check_range("vocab_size", vocab_size);
-  check_range("num_layers", num_layers);
-  check_range("num_heads", num_heads);
-  check_range("channels", channels);
-  LLMC_CHECK(padded_vocab_size >= vocab_size && padded_vocab_size <= kLimit,
+  check_range("max_seq_len", max_seq_len, kMaxIds);
+  check_range("vocab_size", vocab_size, kMaxIds);
+  check_range("num_layers", num_layers, kMaxLayers);
+  check_range("num_heads", num_heads, kMaxChannels);
+  check_range("channels", channels, kMaxChannels);
+  LLMC_CHECK(padded_vocab_size >= vocab_size && padded_vocab_size <= kMaxIds,
              "padded_vocab_size is %" PRId64 ", it must be between vocab_size (%" PRId64 ") and %" PRId64,
-             padded_vocab_size, vocab_size, kLimit);
-  LLMC_CHECK(channels % num_heads == 0, "channels (%" PRId64 ") must be a multiple of num_heads (%" PRId64 ")", channels,
-             num_heads);
+             padded_vocab_size, vocab_size, kMaxIds);
+  LLMC_CHECK(channels % num_heads == 0, "channels (%" PRId64 ") must be a multiple of num_heads (%" PRId64 ")",
+             channels, num_heads);
   LLMC_CHECK(head_size() % 8 == 0 && head_size() <= 128,
              "channels/num_heads is %" PRId64 ": head sizes must be multiples of 8 up to 128", head_size());
 }
@@ -35,8 +37,9 @@ void Options::validate(const GPT2Config& config) const {
   LLMC_CHECK(seq_len >= 1 && seq_len <= config.max_seq_len,
              "seq_len is %" PRId64 ", it must be between 1 and the model's context of %" PRId64, seq_len,
              config.max_seq_len);
-  LLMC_CHECK(batch_size * seq_len <= INT32_MAX, "batch_size times seq_len is %" PRId64 ", it must fit in 31 bits",
-             batch_size * seq_len);
+  LLMC_CHECK(batch_size <= INT32_MAX / seq_len,
+             "batch_size is %" PRId64 ": batch_size times seq_len (%" PRId64 ") must fit in 31 bits", batch_size,
+             seq_len);
   LLMC_CHECK(precision == DType::F32 || precision == DType::BF16, "precision must be fp32 or bf16");
   LLMC_CHECK(grad_dtype == DType::F32 || grad_dtype == precision,
              "gradients of an fp32 model must be fp32: grad_dtype is %s", name_of(grad_dtype));

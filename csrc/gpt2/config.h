@@ -8,12 +8,12 @@
 namespace llmc {
 
 struct GPT2Config {
-  int64_t max_seq_len = 1024;          // maxT, rows of wpe
-  int64_t vocab_size = 50257;          // V
-  int64_t padded_vocab_size = 50304;   // Vp, rows of wte; rows V..Vp-1 are padding
-  int64_t num_layers = 12;             // L
-  int64_t num_heads = 12;              // NH
-  int64_t channels = 768;              // C
+  int64_t max_seq_len = 1024;         // maxT, rows of wpe
+  int64_t vocab_size = 50257;         // V
+  int64_t padded_vocab_size = 50304;  // Vp, rows of wte; rows V..Vp-1 are padding
+  int64_t num_layers = 12;            // L
+  int64_t num_heads = 12;             // NH
+  int64_t channels = 768;             // C
 
   int64_t head_size() const { return channels / num_heads; }
 
@@ -25,15 +25,15 @@ struct GPT2Config {
 };
 
 struct Options {
-  int64_t batch_size = 4;            // B, rows of one micro-batch at most
-  int64_t seq_len = 1024;            // T at most
-  DType precision = DType::F32;      // X, storage of parameters and activations
-  DType grad_dtype = DType::F32;     // G, storage of parameter gradients: X or F32
-  int recompute = 1;                 // 0 keep all, 1 recompute GELU, 2 recompute GELU and layernorms in the backward pass
-  int gelu_fusion = 0;               // 0 none, 1 forward, 2 forward and backward
-  bool master_weights = true;        // keep an fp32 copy of bf16 parameters
-  int zero_stage = 0;                // 0 nothing sharded, 1 optimizer state sharded over the ranks
-  int64_t classifier_rows = 0;       // rows of the loss head's logits chunk; 0: the plan chooses
+  int64_t batch_size = 4;         // B, rows of one micro-batch at most
+  int64_t seq_len = 1024;         // T at most
+  DType precision = DType::F32;   // X, storage of parameters and activations
+  DType grad_dtype = DType::F32;  // G, storage of parameter gradients: X or F32
+  int recompute = 1;              // 0 keep all, 1 recompute GELU, 2 recompute GELU and layernorms in the backward pass
+  int gelu_fusion = 0;            // 0 none, 1 forward, 2 forward and backward
+  bool master_weights = true;     // keep an fp32 copy of bf16 parameters
+  int zero_stage = 0;             // 0 nothing sharded, 1 optimizer state sharded over the ranks
+  int64_t classifier_rows = 0;    // rows of the loss head's logits chunk; 0: the plan chooses
 
   bool has_master() const { return master_weights && precision != DType::F32; }
 

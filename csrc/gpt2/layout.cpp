@@ -1,11 +1,11 @@
 #include "gpt2/layout.h"
 
+#include "core/integers.h"
+
 namespace llmc {
 namespace {
 
 constexpr int64_t kAlignment = 128;  // elements: 256 bytes in bf16, 512 in fp32
-
-constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 struct Kind {
   const char* name;

@@ -16,16 +16,31 @@ namespace llmc {
 
 // The 16 kinds of parameter tensors, numbered as in the model file.
 enum ParameterKind {
-  kWte, kWpe, kLn1w, kLn1b, kQkvw, kQkvb, kAttprojw, kAttprojb, kLn2w, kLn2b, kFcw, kFcb, kFcprojw, kFcprojb, kLnfw, kLnfb,
+  kWte,
+  kWpe,
+  kLn1w,
+  kLn1b,
+  kQkvw,
+  kQkvb,
+  kAttprojw,
+  kAttprojb,
+  kLn2w,
+  kLn2b,
+  kFcw,
+  kFcb,
+  kFcprojw,
+  kFcprojb,
+  kLnfw,
+  kLnfb,
   kNumParameterKinds
 };
 
 struct ParameterTensor {
   std::string name;  // "wte", "h0.qkvw", "lnfb"
   ParameterKind kind;
-  int64_t layer;                 // block index, 0 outside the blocks
-  std::vector<int64_t> shape;    // (rows, columns) or (length)
-  int64_t offset;                // elements from the start of the whole layout
+  int64_t layer;               // block index, 0 outside the blocks
+  std::vector<int64_t> shape;  // (rows, columns) or (length)
+  int64_t offset;              // elements from the start of the whole layout
   int64_t numel;
   bool weight_decay;  // matrices decay, vectors do not
 };

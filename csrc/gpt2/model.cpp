@@ -14,28 +14,22 @@ GPT2::GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops
       options_(options),
       ops_(std::move(ops)),
       comm_(std::move(comm)),
-      layout_(config, comm_->size()),
-      plan_(llmc::plan(config, options, comm_->size())) {
+      plan_(llmc::plan(config, options, comm_->size())),
+      layout_(config, comm_->size()) {
   allocate(Lifetime::Parameters);
   allocate(Lifetime::Activations);
 }
 
-GPT2::~GPT2() {
-  for (void* memory : memory_) {
-    if (memory != nullptr) ops_->free(memory);
-  }
-}
-
 void GPT2::allocate(Lifetime lifetime) {
-  void*& memory = memory_[int(lifetime)];
-  if (memory == nullptr) memory = ops_->allocate(plan_.bytes[int(lifetime)]);
+  auto& memory = memory_[int(lifetime)];
+  if (!memory) memory = {ops_->allocate(plan_.bytes[int(lifetime)]), FreeMemory{ops_.get()}};
 }
 
 // --- views -------------------------------------------------------------------------------------------------------------
 
 Tensor GPT2::buffer(const std::string& name) {
   const Buffer& found = plan_.buffer(name);
-  char* memory = static_cast<char*>(memory_[int(found.lifetime)]);
+  char* memory = static_cast<char*>(memory_[int(found.lifetime)].get());
   LLMC_CHECK(memory != nullptr, "%s are not allocated yet: %s exists after the first %s", name_of(found.lifetime),
              name.c_str(), found.lifetime == Lifetime::Optimizer ? "update" : "backward");
   Tensor tensor{memory + found.offset, found.dtype, int(found.shape.size()), {1, 1, 1, 1}};
@@ -58,7 +52,7 @@ Tensor GPT2::gradient(const ParameterTensor& tensor) { return view(buffer("gradi
 
 Tensor GPT2::rows(const std::string& name) {
   const Tensor whole = buffer(name);
-  return whole.ndim == 3 ? slice_rows(whole, 0, batch_ * seq_) : make_tensor(whole.data, whole.dtype, batch_ * seq_);
+  return whole.ndim == 3 ? slice_rows(whole, 0, batch_ * seq_) : slice_elements(whole, 0, batch_ * seq_);
 }
 
 Tensor GPT2::block_rows(int64_t layer, const char* name) { return rows("h" + std::to_string(layer) + "." + name); }
@@ -72,24 +66,24 @@ Tensor GPT2::shaped(Tensor rows) const { return make_tensor(rows.data, rows.dtyp
 
 // --- forward -----------------------------------------------------------------------------------------------------------
 
-void GPT2::upload_ids(const std::string& name, const int32_t* ids) {
-  for (int64_t i = 0; i < batch_ * seq_; i++) {
+void GPT2::check_ids(const char* name, const int32_t* ids, int64_t b, int64_t t) const {
+  for (int64_t i = 0; i < b * t; i++) {
     LLMC_CHECK(ids[i] >= 0 && ids[i] < config_.vocab_size,
-               "id %d at row %" PRId64 ", position %" PRId64 " of %s is outside the vocabulary [0, %" PRId64 ")", ids[i],
-               i / seq_, i % seq_, name.c_str(), config_.vocab_size);
+               "id %d at row %" PRId64 ", position %" PRId64 " of %s is outside the vocabulary [0, %" PRId64 ")",
+               ids[i], i / t, i % t, name, config_.vocab_size);
   }
-  ops_->upload(rows(name), ids);
 }
 
 void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
   LLMC_CHECK(b >= 1 && b <= options_.batch_size && t >= 1 && t <= options_.seq_len,
              "a batch of %" PRId64 " x %" PRId64 " tokens does not fit the model's %" PRId64 " x %" PRId64, b, t,
              options_.batch_size, options_.seq_len);
-  backward_allowed_ = false;
+  check_ids("tokens", tokens, b, t);
+  backward_allowed_ = logits_allowed_ = false;
   batch_ = b;
   seq_ = t;
   host_tokens_.assign(tokens, tokens + b * t);
-  upload_ids("tokens", tokens);
+  ops_->upload(rows("tokens"), tokens);
 
   const Tensor encoded = rows("encoded");
   const Tensor ids = rows("tokens");
@@ -98,7 +92,7 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
   ops_->layernorm_forward(keep_layernorms ? block_rows(0, "ln1") : rows("lnf"), block_rows(0, "ln1_mean"),
                           block_rows(0, "ln1_rstd"), encoded, parameter(kLn1w, 0), parameter(kLn1b, 0));
   for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
-  backward_allowed_ = true;
+  backward_allowed_ = logits_allowed_ = true;
 }
 
 // From ln1 of this block to the layernorm behind it: ln1 of the next block, or lnf.
@@ -152,11 +146,9 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t end = begin + chunk_rows < N ? begin + chunk_rows : N;
     const Tensor x = slice_rows(lnf, begin, end), logits = slice_rows(chunk, 0, end - begin);
-    const auto part = [&](Tensor ids) {
-      return make_tensor(static_cast<char*>(ids.data) + begin * size_of(ids.dtype), ids.dtype, end - begin);
-    };
     ops_->matmul_forward(logits, x, wte, Tensor{});
-    ops_->fused_classifier(logits, part(losses), part(targets), config_.vocab_size, dloss, gradients);
+    ops_->fused_classifier(logits, slice_elements(losses, begin, end), slice_elements(targets, begin, end),
+                           config_.vocab_size, dloss, gradients);
     if (gradients) {
       ops_->matmul_backward_input(slice_rows(dlnf, begin, end), logits, wte);
       ops_->matmul_backward_weight(dwte, logits, x);
@@ -166,9 +158,10 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
 }
 
 void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses) {
+  check_ids("targets", targets, b, t);
   forward(tokens, b, t);
   backward_allowed_ = false;
-  upload_ids("targets", targets);
+  ops_->upload(rows("targets"), targets);
   const Tensor device_losses = rows("eval_losses");
   ops_->fill_zero(device_losses);
   loss_head(device_losses, 0, false);
@@ -176,8 +169,10 @@ void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, in
 }
 
 void GPT2::logits(int64_t begin, int64_t end, float* out) {
+  LLMC_CHECK(logits_allowed_, "logits need a forward of their own first");
   LLMC_CHECK(begin >= 0 && begin < end && end <= batch_ * seq_,
-             "logits of rows [%" PRId64 ", %" PRId64 "): the last forward had %" PRId64 " rows", begin, end, batch_ * seq_);
+             "logits of rows [%" PRId64 ", %" PRId64 "): the last forward had %" PRId64 " rows", begin, end,
+             batch_ * seq_);
   // The chunk shares its memory with scratch only, so a backward may still follow.
   const Tensor lnf = rows("lnf"), chunk = buffer("logits");
   const int64_t V = config_.vocab_size, Vp = config_.padded_vocab_size, chunk_rows = chunk.shape[0];
@@ -205,13 +200,19 @@ void GPT2::backward(const int32_t* targets, int64_t micro_step, int64_t accumula
   LLMC_CHECK(accumulation_steps >= 1 && micro_step >= 0 && micro_step < accumulation_steps,
              "micro_step is %" PRId64 " of %" PRId64 " accumulation steps", micro_step, accumulation_steps);
   const int64_t N = batch_ * seq_;
-  LLMC_CHECK(micro_step == 0 || (micro_step == micro_steps_done_ && accumulation_steps == accumulation_steps_ && N == loss_rows_),
-             "micro-step %" PRId64 " does not follow the %" PRId64 " of this step: all need the same batch shape and number "
-             "of accumulation steps",
-             micro_step, micro_steps_done_);
-  upload_ids("targets", targets);
+  if (micro_step > 0) {
+    LLMC_CHECK(micro_step == micro_steps_done_, "micro_step is %" PRId64 ", the next of this step is %" PRId64,
+               micro_step, micro_steps_done_);
+    LLMC_CHECK(accumulation_steps == accumulation_steps_,
+               "accumulation_steps is %" PRId64 ", this step began with %" PRId64, accumulation_steps,
+               accumulation_steps_);
+    LLMC_CHECK(N == loss_rows_, "a batch of %" PRId64 " tokens in a step of batches of %" PRId64, N, loss_rows_);
+  }
+  check_ids("targets", targets, batch_, seq_);
+  ops_->upload(rows("targets"), targets);
   allocate(Lifetime::Gradients);
   backward_allowed_ = gradients_complete_ = sum_of_squares_ready_ = false;
+  if (options_.recompute >= 2) logits_allowed_ = false;  // lnf will hold recomputed layernorms
   const Tensor losses = rows("losses");
   if (micro_step == 0) {
     ops_->fill_zero(buffer("gradients"));
@@ -236,8 +237,10 @@ void GPT2::backward(const int32_t* targets, int64_t micro_step, int64_t accumula
   sort_by_token(token_order_.data(), host_tokens_.data(), N);
   const Tensor order = rows("token_order"), ids = rows("tokens");
   ops_->upload(order, token_order_.data());
+  // Each rank rounds its own gradients: noise that differs averages out.
+  const uint32_t seed = rng_.next() + uint32_t(comm_->rank()) * 0x9E3779B9u;
   ops_->embedding_backward(gradient(kWte), gradient(kWpe), shaped(dresidual),
-                           make_tensor(ids.data, ids.dtype, batch_, seq_), order, rng_.next());
+                           make_tensor(ids.data, ids.dtype, batch_, seq_), order, seed);
   if (last) {
     reduce_unit(layout_.units.front());
     const Tensor loss_sum = buffer("loss_sum");

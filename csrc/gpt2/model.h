@@ -26,12 +26,14 @@ struct UpdateOptions {
   int64_t step;            // 1-based, of Adam's bias correction
   float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f;
   float grad_clip = 1.0f;  // largest global norm
+
+  // Throws Error that names the value unless an update with these options makes sense.
+  void validate() const;
 };
 
 class GPT2 {
  public:
   GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops> ops, std::unique_ptr<Communicator> comm);
-  ~GPT2();
   GPT2(const GPT2&) = delete;
   GPT2& operator=(const GPT2&) = delete;
 
@@ -39,11 +41,15 @@ class GPT2 {
   const Options& options() const { return options_; }
   const Plan& plan() const { return plan_; }
   const ParameterLayout& layout() const { return layout_; }
-  const Ops& ops() const { return *ops_; }
 
   // Random parameters, the same on every rank: layernorm weights 1, biases 0, weights normal with σ = 0.02 (residual
   // projections 0.02/√(2L)), drawn like torch's from mt19937 in the order wte, wpe, blocks. Padding rows of wte stay 0.
+  // Forgets the optimizer state.
   void init_random(uint32_t seed);
+
+  // Forgets m, v and master weights, as needed when parameters are written from outside after an update: the next update
+  // starts from zero moments and takes the master weights from the parameters.
+  void reset_optimizer() { memory_[int(Lifetime::Optimizer)].reset(); }
 
   // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
   void forward(const int32_t* tokens, int64_t b, int64_t t);
@@ -56,13 +62,15 @@ class GPT2 {
   // Per-token losses (b,t) of tokens against targets, to the host. Leaves gradients and the training loss alone.
   void evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses);
 
-  // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host.
+  // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host. Not after an
+  // update, nor at recompute 2 after a backward: what they are computed from is gone.
   void logits(int64_t begin, int64_t end, float* out);
 
   // One optimizer step with the gradients of the last backward.
   void update(const UpdateOptions& options);
 
-  // Mean loss and global gradient norm (before clipping) of the last complete backward. They wait for the device.
+  // Mean loss and global gradient norm (before clipping) of the last complete backward. They wait for the device. The
+  // update clips by this norm: gradients changed from outside after grad_norm() are not seen by it.
   float loss();
   float grad_norm();
 
@@ -83,7 +91,7 @@ class GPT2 {
   Tensor buffer(const std::string& name);
 
  private:
-  struct Shard {  // this rank's slice of a unit
+  struct Shard {    // this rank's slice of a unit
     int64_t begin;  // elements from the start of the whole layout
     int64_t end;
     int64_t offset;  // elements from the start of the optimizer buffers
@@ -98,7 +106,7 @@ class GPT2 {
   Tensor shaped(Tensor rows) const;  // (b·t, C) as (b, t, C)
 
   void allocate(Lifetime lifetime);
-  void upload_ids(const std::string& name, const int32_t* ids);
+  void check_ids(const char* name, const int32_t* ids, int64_t b, int64_t t) const;
   void forward_block(int64_t layer);
   void backward_block(int64_t layer);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
@@ -111,19 +119,25 @@ class GPT2 {
   const Options options_;
   std::unique_ptr<Ops> ops_;
   std::unique_ptr<Communicator> comm_;
+  const Plan plan_;  // checks config and options
   const ParameterLayout layout_;
-  const Plan plan_;
-  std::array<void*, kNumLifetimes> memory_{};
+
+  struct FreeMemory {
+    Ops* ops;
+    void operator()(void* memory) const { ops->free(memory); }
+  };
+  std::array<std::unique_ptr<void, FreeMemory>, kNumLifetimes> memory_;
 
   XorShift64 rng_{13371337};
-  int64_t batch_ = 0, seq_ = 0;            // b, t of the last forward
-  int64_t loss_rows_ = 0;                  // b·t of the current step's micro-batches
-  int64_t micro_steps_done_ = 0;           // of the current step
-  int64_t accumulation_steps_ = 0;         // of the current step
-  bool backward_allowed_ = false;          // the activations are those of a forward that had no backward yet
-  bool gradients_complete_ = false;        // the last micro-step is done: loss, grad_norm and update are allowed
-  bool sum_of_squares_ready_ = false;      // grad_sum_of_squares on the device belongs to the current gradients
-  std::vector<int32_t> token_order_;       // host staging of the embedding backward
+  int64_t batch_ = 0, seq_ = 0;        // b, t of the last forward
+  int64_t loss_rows_ = 0;              // b·t of the current step's micro-batches
+  int64_t micro_steps_done_ = 0;       // of the current step
+  int64_t accumulation_steps_ = 0;     // of the current step
+  bool backward_allowed_ = false;      // the activations are those of a forward that had no backward yet
+  bool logits_allowed_ = false;        // lnf is that of the last forward, and of the current parameters
+  bool gradients_complete_ = false;    // the last micro-step is done: loss, grad_norm and update are allowed
+  bool sum_of_squares_ready_ = false;  // grad_sum_of_squares on the device belongs to the current gradients
+  std::vector<int32_t> token_order_;   // host staging of the embedding backward
   std::vector<int32_t> host_tokens_;
 };
 

@@ -1,18 +1,11 @@
 // The second half of the step: reduce gradients over the ranks, clip, update the rank's shard unit by unit.
 #include <algorithm>
+#include <cmath>
 
 #include "core/check.h"
 #include "gpt2/model.h"
 
 namespace llmc {
-namespace {
-
-Tensor elements(Tensor whole, int64_t begin, int64_t end) {
-  return make_tensor(static_cast<char*>(whole.data) + begin * size_of(whole.dtype), whole.dtype, end - begin);
-}
-
-}  // namespace
-
 GPT2::Shard GPT2::shard(size_t unit) const {
   const ParameterUnit& u = layout_.units[unit];
   if (options_.zero_stage == 0) return {u.offset, u.offset + u.size, u.offset};
@@ -21,7 +14,7 @@ GPT2::Shard GPT2::shard(size_t unit) const {
 }
 
 void GPT2::reduce_unit(const ParameterUnit& unit) {
-  const Tensor gradients = elements(buffer("gradients"), unit.offset, unit.offset + unit.size);
+  const Tensor gradients = slice_elements(buffer("gradients"), unit.offset, unit.offset + unit.size);
   if (options_.zero_stage == 0) {
     comm_->all_reduce_average(gradients);
   } else {
@@ -36,7 +29,7 @@ void GPT2::compute_grad_norm(float grad_clip) {
     std::vector<Tensor> shards;
     for (size_t unit = 0; unit < layout_.units.size(); unit++) {
       const Shard own = shard(unit);
-      shards.push_back(elements(buffer("gradients"), own.begin, own.end));
+      shards.push_back(slice_elements(buffer("gradients"), own.begin, own.end));
     }
     ops_->fill_zero(sum);
     ops_->sum_of_squares(sum, shards.data(), int64_t(shards.size()));
@@ -49,23 +42,34 @@ void GPT2::compute_grad_norm(float grad_clip) {
   ops_->clip_scale(buffer("grad_norm"), buffer("grad_scale"), sum, grad_clip);
 }
 
+void UpdateOptions::validate() const {
+  LLMC_CHECK(step >= 1, "step is %ld, Adam's steps count from 1", long(step));
+  LLMC_CHECK(std::isfinite(learning_rate), "learning_rate is %g, it must be finite", learning_rate);
+  LLMC_CHECK(std::isfinite(weight_decay), "weight_decay is %g, it must be finite", weight_decay);
+  LLMC_CHECK(beta1 >= 0 && beta1 < 1, "beta1 is %g, it must be in [0, 1)", beta1);
+  LLMC_CHECK(beta2 >= 0 && beta2 < 1, "beta2 is %g, it must be in [0, 1)", beta2);
+  LLMC_CHECK(eps > 0, "eps is %g, it must be positive", eps);
+  LLMC_CHECK(grad_clip > 0, "grad_clip is %g, it must be positive", grad_clip);
+}
+
 void GPT2::update(const UpdateOptions& options) {
-  LLMC_CHECK(options.step >= 1, "Adam's step is 1-based");
-  LLMC_CHECK(options.grad_clip > 0, "grad_clip is %g, it must be positive", options.grad_clip);
+  options.validate();
   compute_grad_norm(options.grad_clip);
-  if (memory_[int(Lifetime::Optimizer)] == nullptr) {
+  logits_allowed_ = false;  // of the old parameters
+  if (!memory_[int(Lifetime::Optimizer)]) {
     allocate(Lifetime::Optimizer);  // zeroed, as m and v start
     for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
       const Shard own = shard(unit);
-      ops_->cast(elements(buffer("master"), own.offset, own.offset + own.end - own.begin),
-                 elements(buffer("parameters"), own.begin, own.end));
+      ops_->cast(slice_elements(buffer("master"), own.offset, own.offset + own.end - own.begin),
+                 slice_elements(buffer("parameters"), own.begin, own.end));
     }
   }
   // One seed per kind of tensor, the same on every rank: a parameter is rounded alike wherever it is updated.
   std::array<uint32_t, kNumParameterKinds> seeds;
   for (uint32_t& seed : seeds) seed = rng_.next();
 
-  const AdamWStep step{options.learning_rate, options.beta1, options.beta2, options.eps, options.step, buffer("grad_scale")};
+  const AdamWStep step{options.learning_rate, options.beta1, options.beta2,
+                       options.eps,           options.step,  buffer("grad_scale")};
   std::vector<AdamWSlice> slices;
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
     const ParameterUnit& u = layout_.units[unit];
@@ -76,11 +80,11 @@ void GPT2::update(const UpdateOptions& options) {
       if (begin >= end) continue;
       const int64_t first = own.offset + begin - own.begin, last = first + end - begin;
       AdamWSlice slice;
-      slice.param = elements(buffer("parameters"), begin, end);
-      slice.grad = elements(buffer("gradients"), begin, end);
-      slice.m = elements(buffer("m"), first, last);
-      slice.v = elements(buffer("v"), first, last);
-      if (options_.has_master()) slice.master = elements(buffer("master"), first, last);
+      slice.param = slice_elements(buffer("parameters"), begin, end);
+      slice.grad = slice_elements(buffer("gradients"), begin, end);
+      slice.m = slice_elements(buffer("m"), first, last);
+      slice.v = slice_elements(buffer("v"), first, last);
+      if (options_.has_master()) slice.master = slice_elements(buffer("master"), first, last);
       slice.weight_decay = tensor.weight_decay ? options.weight_decay : 0;
       slice.seed = seeds[tensor.kind];
       slice.layer = tensor.layer;
@@ -88,19 +92,20 @@ void GPT2::update(const UpdateOptions& options) {
       slices.push_back(slice);
     }
     ops_->adamw(slices.data(), int64_t(slices.size()), step);
-    if (options_.zero_stage >= 1) comm_->all_gather(elements(buffer("parameters"), u.offset, u.offset + u.size));
+    if (options_.zero_stage >= 1) comm_->all_gather(slice_elements(buffer("parameters"), u.offset, u.offset + u.size));
   }
   comm_->wait();
 }
 
 Tensor GPT2::optimizer_state(const std::string& name, const ParameterTensor& tensor) {
   LLMC_CHECK(name == "m" || name == "v" || name == "master", "optimizer state is m, v or master, not %s", name.c_str());
-  LLMC_CHECK(name != "master" || options_.has_master(), "this model has no master weights: its parameters are fp32 or "
+  LLMC_CHECK(name != "master" || options_.has_master(),
+             "this model has no master weights: its parameters are fp32 or "
              "master_weights is off");
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
     const Shard own = shard(unit);
     const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
-    if (begin < end) return elements(buffer(name), own.offset + begin - own.begin, own.offset + end - own.begin);
+    if (begin < end) return slice_elements(buffer(name), own.offset + begin - own.begin, own.offset + end - own.begin);
   }
   return Tensor{};
 }

@@ -3,14 +3,13 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "core/integers.h"
 
 namespace llmc {
 namespace {
 
-constexpr int64_t kAlignment = 256;                // bytes, of every buffer
+constexpr int64_t kAlignment = 256;                   // bytes, of every buffer
 constexpr int64_t kLogitsBudget = int64_t(64) << 20;  // bytes of a logits chunk that are always granted
-
-constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Rows of a logits chunk: the chunk shares its memory with the 4C-wide gradient of the blocks, so it may always be as
 // large as that. Chunks are balanced.
@@ -128,7 +127,8 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   activation("scratch_btc", X, {B, T, C});
   builder.overlay(Lifetime::Activations,
                   {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
-  for (const char* scalar : {"loss_sum", "grad_sum_of_squares", "grad_norm", "grad_scale"}) activation(scalar, F32, {1});
+  for (const char* scalar : {"loss_sum", "grad_sum_of_squares", "grad_norm", "grad_scale"})
+    activation(scalar, F32, {1});
 
   for (size_t i = 0; i < result.buffers.size(); i++) result.index_[result.buffers[i].name] = i;
   return result;

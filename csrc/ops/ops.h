@@ -52,7 +52,8 @@ class Ops {
   virtual void* allocate(size_t bytes) = 0;
   virtual void free(void* data) = 0;
   virtual void fill_zero(Tensor x) = 0;
-  // Copies x.bytes() bytes from or to the host. download waits for all earlier operations.
+  // Copies x.bytes() bytes from or to the host. upload has read host when it returns; download waits for all earlier
+  // operations.
   virtual void upload(Tensor x, const void* host) = 0;
   virtual void download(void* host, Tensor x) = 0;
 
@@ -65,7 +66,8 @@ class Ops {
   //   dwte G (Vp,C); dwpe G (maxT,C); dout X (B,T,C); tokens i32 (B,T)
   //   order i32 (B·T): the positions of tokens sorted by token, ties in order of position (core/token_order.h)
   //   G = bf16: each sum is formed in fp32 and added with one stochastic rounding, noise_2d(c, row, seed); wpe uses seed + 1.
-  virtual void embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, Tensor tokens, Tensor order, uint32_t seed) = 0;
+  virtual void embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, Tensor tokens, Tensor order,
+                                  uint32_t seed) = 0;
 
   // --- layernorm (Ba et al. 2016), eps = 1e-5 -----------------------------------------------------------------------
   // mean = Σx/C, rstd = 1/sqrt(Σ(x-mean)²/C + eps), out = (x - mean)·rstd·weight + bias, per row

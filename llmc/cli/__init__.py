@@ -1,5 +1,6 @@
 """One thin module per console script; this one turns failures into a clear line and an exit status."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from llmc.errors import RunError, UsageError
 
 def run(program: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `main(arguments)`. Usage errors exit with status 2, failures at run time with 1, Ctrl-C with 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample the terminal cannot show must not end a long run
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

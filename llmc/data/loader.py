@@ -97,7 +97,7 @@ class DataLoader:
 def torch_mt19937(seed: int) -> np.random.MT19937:
     """Return a Mersenne Twister that yields the very 32-bit numbers of `torch.manual_seed(seed)`."""
     generator = np.random.MT19937()
-    generator._legacy_seeding(seed)
+    np.random.RandomState(generator).seed(seed)  # MT19937(seed) would seed in numpy's newer way
     return generator
 
 

@@ -1,11 +1,8 @@
 """Token shards: a 1024-byte header (magic 20240520, version 1, token count n), then n little-endian uint16 tokens."""
 
-import contextlib
 import glob
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -15,22 +12,6 @@ from llmc.errors import RunError
 VERSION = 1
 MAX_TOKENS = 2**31 - 1  # the count is stored as an int32
 MAX_TOKEN = 2**16 - 1
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def read_shard(path: str | os.PathLike[str]) -> np.ndarray:
@@ -52,7 +33,7 @@ def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
         worst = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         if not 0 <= worst <= MAX_TOKEN:
             raise RunError(f"cannot write {path}: token {worst}, a shard holds tokens 0 to {MAX_TOKEN}")
-    with atomic_write(path) as file:
+    with binfile.atomic_write(path) as file:
         binfile.write_header(file, {0: binfile.MAGIC_TOKENS, 1: VERSION, 2: n})
         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
 
@@ -67,6 +48,12 @@ def find_shards(pattern: str) -> list[Path]:
 
 def _advice(pattern: str) -> str:
     directory, name = os.path.split(pattern)
+    if directory == "dev/data/201506":
+        return (
+            "this, the default data, is chess, which llmc-data cannot make; give your own with -i and -j, or begin with "
+            "llmc-data shakespeare and llmc-train -e custom:l=4,c=128,h=4,t=64 -t 64 "
+            "-i 'dev/data/shakespeare/shakespeare_train_*.bin' -j 'dev/data/shakespeare/shakespeare_val_*.bin'"
+        )
     if not name.startswith("shakespeare_"):
         return "check the pattern, or make a data set from text files with llmc-data text"
     out = "" if directory == "dev/data/shakespeare" else f" --out {directory or '.'}"

@@ -4,6 +4,7 @@
 """
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,9 +56,11 @@ def write_dataset(
         out.mkdir(parents=True, exist_ok=True)
         staging = tempfile.TemporaryDirectory(dir=out, prefix=f".{name}.")
     except OSError as error:
-        raise RunError(f"cannot write to directory {out}: {error.strerror}") from error
+        raise RunError(f"cannot write to directory {out}: {error.strerror or error}") from error
     with staging as directory, tqdm(total=total_characters, unit="char", unit_scale=True, disable=None) as progress:
         stage = Path(directory)
+        write_tokenizer(stage / "tokenizer.bin", encoder.token_bytes(), encoder.end_of_text)
+        _refuse_another_tokenizer(out, name, stage / "tokenizer.bin")
         train_tokens = _spool(train, encoder, stage / "train.tokens", progress)
         if isinstance(val, int | float):
             cut = len(train_tokens) - round(val * len(train_tokens))
@@ -73,9 +76,8 @@ def write_dataset(
                 file = f"{name}_{split}_{shard:06d}.bin"
                 write_shard(stage / file, part)
                 contents[file] = f"{len(part):,} tokens"
-        write_tokenizer(stage / "tokenizer.bin", encoder.token_bytes(), encoder.end_of_text)
         contents["tokenizer.bin"] = f"vocabulary of {encoder.vocab_size:,} tokens"
-        _refuse_mixture(out, name, stage, set(contents))
+        _refuse_older_shards(out, name, set(contents))
         written = []
         for file, what in contents.items():
             written.append(WrittenFile(out / file, what, (out / file).exists()))
@@ -91,12 +93,20 @@ def prepare_text(
     val_fraction: float,
 ) -> list[WrittenFile]:
     """Make a data set of text files, each one document, the last `val_fraction` of all tokens for validation."""
-    try:
-        total = sum(os.path.getsize(file) for file in files)
-    except OSError as error:
-        raise RunError(f"cannot read {error.filename}: {error.strerror}") from error
+    total = sum(_size(file) for file in files)
     encoder = make_encoder(encoding, map(read_document, files))
     return write_dataset(out, name, encoder, map(read_document, files), val_fraction, total_characters=total)
+
+
+def _size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a regular file. Others are refused: the text is read twice, which a pipe does not allow."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise RunError(f"cannot read {path}: it is not a regular file; save the text to one and give that")
+    return status.st_size
 
 
 def read_document(path: str | os.PathLike[str]) -> str:
@@ -104,7 +114,7 @@ def read_document(path: str | os.PathLike[str]) -> str:
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise RunError(
             f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it"
@@ -127,7 +137,7 @@ def _spool(documents: Iterable[str], encoder: Encoder, path: Path, progress: tqd
                     progress.update(len(piece))
             n = file.tell() // 2
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     return np.memmap(path, dtype="<u2", mode="r", shape=(n,)) if n else np.empty(0, dtype="<u2")
 
 
@@ -156,17 +166,27 @@ def _even_parts(tokens: np.ndarray, most: int) -> Iterator[np.ndarray]:
         yield tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
 
 
-def _refuse_mixture(out: Path, name: str, stage: Path, new: set[str]) -> None:
-    """RunError if shards already in `out` would match the new ones' pattern, or lose their tokenizer."""
-    old = {path.name for path in out.glob("*.bin")} - new
-    stale = sorted(file for file in old if file.startswith((f"{name}_train_", f"{name}_val_")))
+'def _refuse_another_tokenizer(out: Path, name: str, new: Path) -> None:
+    """RunError if `out` holds shards of another data set that would lose their tokenizer to the `new` one."""
+    others = [path.name for path in out.glob("*.bin") if not path.name.startswith(_prefixes(name))]
+    old = out / "tokenizer.bin"
+    if old.exists() and old.read_bytes() != new.read_bytes() and others != [old.name]:
+        raise RunError(
+            f"{out} holds another data set ({min(set(others) - {old.name})} ...), which needs its own tokenizer.bin: "
+            "choose another --out"
+        )
+
+
+def _refuse_older_shards(out: Path, name: str, new: set[str]) -> None:
+    """RunError if shards of an earlier run stay in `out`: they would match the new ones' pattern."""
+    stale = sorted(path.name for path in out.glob("*.bin") if path.name.startswith(_prefixes(name))) 
+    stale = [file for file in stale if file not in new]
     if stale:
         raise RunError(
             f"{out} holds {len(stale)} more shards of an older {name} ({stale[0]} ...), which would mix with the new: "
             "delete them, or choose another --out"
         )
-    tokenizer = out / "tokenizer.bin"
-    if old and tokenizer.exists() and tokenizer.read_bytes() != (stage / "tokenizer.bin").read_bytes():
-        raise RunError(
-            f"{out} holds another data set ({min(old)} ...), which needs its own tokenizer.bin: choose another --out"
-        )
+
+
+def _prefixes(name: str) -> tuple[str, str]:
+    return f"{name}_train_", f"{name}_val_"
