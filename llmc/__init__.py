@@ -3,13 +3,28 @@
 `from llmc import _C` gives the kernels and the GPT2 model of the compiled core.
 """
 
+import importlib
 import os
+from types import ModuleType
 
 __version__ = "0.1.0"
 
 # By default libgomp's threads spin for milliseconds at every barrier. On a busy machine, where the thread they wait for
-# has no processor, that slows small models a hundredfold; a short spin is as fast on an idle one. libgomp reads this once,
-# when torch loads it: in a program that imports torch before llmc it has no effect. Who sets OMP_WAIT_POLICY has chosen
-# how long to spin, and GOMP_SPINCOUNT would override that choice.
+# has no processor, that slows small models a hundredfold; a short spin is as fast on an idle one. libgomp reads this
+# once, when torch loads it, so llmc must be imported before torch. OMP_WAIT_POLICY is the user's own choice of how long
+# to wait: GOMP_SPINCOUNT would override it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`from llmc import _C`: first the libraries the core is linked with, wherever they are installed."""
+    if name != "_C":
+        raise AttributeError(f"module 'llmc' has no attribute {name!r}")
+    import ctypes
+
+    import scipy_openblas32
+    import torch  # noqa: F401
+
+    ctypes.CDLL(f"{scipy_openblas32.get_lib_dir()}/lib{scipy_openblas32.get_library()}.so")
+    return importlib.import_module("llmc._C")

@@ -86,9 +86,13 @@ class TrainConfig:
     warmup_steps: int = flag("-u", 0, "optimization", at_least(0), "steps of linear warm-up")
     final_lr_fraction: float = flag("-q", 1.0, "optimization", FRACTION, "final learning rate as a part of the peak")
     weight_decay: float = flag("-c", 0.0, "optimization", at_least(0), "weight decay of matrices and embeddings")
-    val_every: int = flag("-v", 20, "evaluation", ANY, "validate every so many steps and at the end; below 1: only at the end")
+    val_every: int = flag(
+        "-v", 20, "evaluation", ANY, "validate every so many steps and at the end; below 1: only at the end"
+    )
     val_max_batches: int = flag("-m", 20, "evaluation", minus_one_or(1), "batches per validation; -1: the whole split")
-    sample_every: int = flag("-s", 20, "evaluation", ANY, "sample text every so many steps and at the end; below 1: never")
+    sample_every: int = flag(
+        "-s", 20, "evaluation", ANY, "sample text every so many steps and at the end; below 1: never"
+    )
     sample_length: int = flag("-g", 64, "evaluation", at_least(1), "tokens per sample, at most the sequence length")
     overfit_one_batch: bool = flag(
         "-a", False, "debugging", ANY, "1: every step sees the same first batch, taken from the validation data"

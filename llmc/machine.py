@@ -7,10 +7,7 @@ from pathlib import Path
 
 def cpu_name() -> str:
     """The processor's model name, or at least its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
+    lines = read_lines(Path("/proc/cpuinfo"))
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -21,5 +18,30 @@ def cpu_count() -> int:
 
 
 def memory_bytes() -> int:
-    """Size of the main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Main memory that this process may use: all of it, or what the limit of a container or job leaves."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *control_group_limits()])
+
+
+def control_group_limits(root: Path = Path("/")) -> list[int]:
+    """Memory limits in bytes of this process's Linux control groups, versions 1 and 2, and of those around them."""
+    limits = []
+    for line in read_lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif controllers == "memory":
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = mount / group.lstrip("/")  # inside a container the mount may already be that group
+        for directory in (own, *own.parents):
+            limits += [int(text) for text in read_lines(directory / name) if text.isdecimal()]  # or "max"
+    return limits
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, none if it cannot be read."""
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []

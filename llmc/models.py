@@ -7,7 +7,7 @@ from llmc.errors import UsageError
 
 GPT2_VOCAB_SIZE = 50257
 CHESS_VOCAB_SIZE = 72
-END_OF_TEXT = {GPT2_VOCAB_SIZE: 50256, CHESS_VOCAB_SIZE: 2}  # by vocabulary size
+END_OF_TEXT_IDS = {GPT2_VOCAB_SIZE: 50256, CHESS_VOCAB_SIZE: 2}  # by vocabulary size
 
 GPT2_SIZES = {  # layers: (channels, heads)
     6: (384, 6),

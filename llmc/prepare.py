@@ -56,7 +56,7 @@ class Run:
         """What a sample starts with: end-of-text, as far as it is known."""
         if self.tokenizer:
             return self.tokenizer.end_of_text
-        return models.END_OF_TEXT.get(self.shape.vocab_size, 0)
+        return models.END_OF_TEXT_IDS.get(self.shape.vocab_size, 0)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -152,9 +152,7 @@ def check_same_tokens(train: Tokenizer | None, val: Tokenizer | None) -> None:
         )
 
 
-def build_model(
-    config: TrainConfig, shape: ModelShape, precision: FileDtype
-) -> tuple["_C.GPT2", list[Buffer]]:
+def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) -> tuple["_C.GPT2", list[Buffer]]:
     """The model with its weights, and its memory plan."""
     from llmc import _C
 

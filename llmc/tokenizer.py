@@ -92,7 +92,7 @@ def write_tokenizer(path: str | os.PathLike[str], token_bytes: list[bytes], end_
 
 
 def dataset_tokenizer(shard: Path) -> Tokenizer | None:
-    """Return the tokenizer of the data set that `shard` belongs to: the file beside it, tokenizer.bin or llm.c's name."""
+    """Return the tokenizer of the data set of `shard`: the file beside it, tokenizer.bin or by llm.c's name."""
     candidates = [shard.with_name(name) for name in ("tokenizer.bin", *LLMC_FILES.values())]
     return next((Tokenizer(path) for path in candidates if path.is_file()), None)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The PyTorch reference: a plain GPT-2 and its training loop, with the flags of llm.c's train_gpt2.py.
 
-It is the independent truth that llmc's own step is compared with, so it shares nothing with llmc but file writing.
+It is the independent truth that llmc's own step is compared with: model, data order and the reading of files are its
+own. From llmc it takes only how files are written, GPT-2's vocabulary, and how errors end the program.
 
     python scripts/train_gpt2.py --model d12 --input_bin 'data/*_train_*.bin'                  # train, write test files
     torchrun --nproc_per_node 4 scripts/train_gpt2.py --write_tensors 0 --input_bin 'data/*_train_*.bin'
@@ -9,6 +10,7 @@ It is the independent truth that llmc's own step is compared with, so it shares 
 
 import argparse
 import glob
+import itertools
 import math
 import os
 import re
@@ -255,21 +257,38 @@ def shape_of(config: GPTConfig) -> checkpoint.ModelShape:
     )
 
 
+def read_header(path: str) -> np.ndarray:
+    """The 256 int32 at the beginning of a file, zeros where it is shorter."""
+    try:
+        with open(path, "rb") as file:
+            return np.frombuffer(file.read(1024).ljust(1024, b"\0"), dtype="<i4")
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def load_model_file(path: str, flash: bool = False) -> GPT:
-    shape, _ = checkpoint.read_model_header(path)
-    config = GPTConfig(
-        max_seq_len=shape.max_seq_len,
-        vocab_size=shape.vocab_size,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        channels=shape.channels,
-        padded_vocab_size=shape.padded_vocab_size,
-    )
-    model = GPT(config, flash)
-    tensors = padded(named_tensors(model), config)
-    checkpoint.load_model(path, tensors)
+    """The model in a file: fp32 (version 3) or bf16 (version 5), each kind of tensor for all layers together."""
+    header = read_header(path)
+    magic, version, T, V, L, NH, C, Vp = (int(slot) for slot in header[:8])
+    if magic != 20240326 or version not in (3, 5):
+        raise RunError(f"{path} is not a model file of version 3 or 5: it begins with {magic}, {version}")
+    if min(T, V, L, NH, C) < 1 or Vp < V or C % NH != 0:
+        raise RunError(f"{path} is damaged: its header says T={T} V={V} L={L} NH={NH} C={C} Vp={Vp}")
+    count, dtype = Vp * C + T * C + L * (12 * C * C + 13 * C) + 2 * C, "<f4" if version == 3 else "<u2"
+    expected, size = 1024 + count * np.dtype(dtype).itemsize, os.path.getsize(path)
+    if size != expected:
+        raise RunError(f"{path} is damaged: its header promises {expected} bytes, but it has {size}")
+    values = np.fromfile(path, dtype, offset=1024)
+    if version == 5:
+        values = (values.astype(np.uint32) << 16).view(np.float32)  # bf16 is the upper half of fp32
+
+    model = GPT(GPTConfig(T, V, L, NH, C, Vp), flash)
+    blocks = zip(*(block.parameters() for block in model.h), strict=True)
+    wte, wpe, lnf = model.wte.weight, model.wpe.weight, model.lnf.parameters()
     with torch.no_grad():
-        model.wte.weight.copy_(tensors["wte"][: config.vocab_size])
+        for parameter in (wte, wpe, *itertools.chain(*blocks), *lnf):
+            parameter.copy_(torch.from_numpy(values[: parameter.numel()]).view_as(parameter))
+            values = values[Vp * C if parameter is wte else parameter.numel() :]
     return model
 
 
@@ -407,9 +426,7 @@ class TokenLoader:
 
 def read_shard(path: str) -> np.ndarray:
     """Map the uint16 tokens of a shard after checking its header: magic, version, count, and the file size."""
-    with open(path, "rb") as file:
-        header = np.frombuffer(file.read(1024).ljust(1024, b"\0"), dtype="<i4")
-    magic, version, n = (int(slot) for slot in header[:3])
+    magic, version, n = (int(slot) for slot in read_header(path)[:3])
     if (magic, version) != (20240520, 1):
         raise RunError(f"{path} is not a token shard of version 1: it begins with {magic}, {version}")
     size = os.path.getsize(path)

@@ -80,6 +80,10 @@ def test_last_flag_wins():
     assert parse_args(["-b", "5", "--batch-size", "3"]).batch_size == 3
 
 
+def test_a_learning_rate_of_zero_is_allowed():
+    assert parse_args(["-l", "0"]).learning_rate == 0
+
+
 def test_empty_output_directory_means_none():
     assert parse_args(["-o", ""]).output_dir == ""
 
@@ -117,8 +121,7 @@ BAD_INPUTS = [  # command line, what the message must contain
     ("-x -2", "-x/--max-steps -2: it must be 0 or more, or -1"),
     ("-x ten", "-x/--max-steps ten"),
     ("-k cosin", "-k/--scheduler cosin: it must be one of cosine, linear, constant, wsd"),
-    ("-l 0", "-l/--learning-rate 0.0: it must be above 0"),
-    ("-l -1e-4", "-l/--learning-rate -0.0001: it must be above 0"),
+    ("-l -1e-4", "-l/--learning-rate -0.0001: it must be 0 or more"),
     ("-l nan", "-l/--learning-rate nan: it must be a finite number"),
     ("-l inf", "-l/--learning-rate inf"),
     ("-l 1e39", "-l/--learning-rate 1e39: it must be a finite number"),

@@ -173,6 +173,15 @@ def test_data_sets_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(Path("o/c_train_000000.bin"))[:4] == [0, 3, 1, 2]
 
 
+def test_another_data_set_is_noticed_before_the_long_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset("o", "a", CharTokenizer("abc"), ["abc"], ["abc"])
+    before = {name: Path("o", name).read_bytes() for name in names(Path("o"))}
+    monkeypatch.setattr(CharTokenizer, "encode", lambda self, text: pytest.fail("it encoded first"))
+    with pytest.raises(RunError, match="o holds another data set"):
+        write_dataset("o", "b", CharTokenizer("xyz"), ["xyz"], ["xyz"])
+    assert {name: Path("o", name).read_bytes() for name in names(Path("o"))} == before
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -208,7 +217,9 @@ def test_bad_text(capsys: pytest.CaptureFixture[str], encoding: str, content: by
         (["text", "t.txt", "--frobnicate"], 2, "unrecognized arguments: --frobnicate"),
         (["shakespeare", "--encoding", "x"], 2, "argument --encoding: invalid choice: 'x'"),
         (["text", "absent.txt"], 1, "cannot read absent.txt: No such file or directory"),
-        (["text", "folder"], 1, "cannot read folder: Is a directory"),
+        (["text", "folder"], 1, "cannot read folder: it is not a regular file; save the text to one"),
+        (["text", "/dev/null"], 1, "cannot read /dev/null: it is not a regular file"),
+        (["text", "t.txt", "pipe"], 1, "cannot read pipe: it is not a regular file"),
         (["text", "t.txt", "--out", "t.txt"], 1, "cannot write to directory t.txt: File exists"),
         (["text", "t.txt", "--out", "t.txt/x"], 1, "cannot write to directory t.txt/x: Not a directory"),
         (["text", "short.txt", "--encoding", "chars"], 1, "the val split of short is empty (3 tokens in all)"),
@@ -223,10 +234,11 @@ def test_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], statu
     Path("t.txt").write_text("text " * 100)
     Path("short.txt").write_text("ab")
     Path("folder").mkdir()
+    os.mkfifo("pipe")  # nobody writes to it: reading it would wait for ever
     assert message in refuse(capsys, status, *arguments)
     assert not list(Path().rglob("*.bin"))
     if status == 2:
-        assert names(Path()) == ["folder", "short.txt", "t.txt"]
+        assert names(Path()) == ["folder", "pipe", "short.txt", "t.txt"]
 
 
 # ---- the writer

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmc.binfile import atomic_write
 from llmc.data.shards import find_shards, read_shard, write_shard
 from llmc.errors import RunError
 
@@ -99,6 +100,12 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_without_a_system_message_keeps_its_own(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot write .*a\.bin: the cable fell out$"), atomic_write(tmp_path / "a.bin"):
+        raise OSError("the cable fell out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_find_shards_in_byte_order(tmp_path: Path) -> None:
     for name in ("x_b.bin", "x_a.bin", "x_10.bin", "x_9.bin", "x_Z.bin", "x_é.bin", ".x_hidden.bin", "y.bin"):
         (tmp_path / name).touch()
@@ -114,7 +121,8 @@ def test_find_shards_in_byte_order(tmp_path: Path) -> None:
         ("dev/data/shakespeare/shakespeare_train_*.bin", "make them with llmc-data shakespeare$"),
         ("other/shakespeare_val_*.bin", "make them with llmc-data shakespeare --out other$"),
         ("shakespeare_val_*.bin", r"make them with llmc-data shakespeare --out \.$"),
-        ("dev/data/201506/201506_train_*.bin", "check the pattern, or .* llmc-data text$"),
+        ("dev/data/other/201506_train_*.bin", "check the pattern, or .* llmc-data text$"),
+        ("dev/data/201506/201506_val_*.bin", "is chess.*: give your own with -i and -j, or begin with llmc-data shake"),
     ],
 )
 def test_no_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, advice: str) -> None:

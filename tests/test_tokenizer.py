@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from llmc.errors import RunError
-from llmc.tokenizer import CharTokenizer, Tokenizer, find_tokenizer, gpt2, write_tokenizer
+from llmc.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    dataset_tokenizer,
+    gpt2,
+    working_directory_tokenizer,
+    write_tokenizer,
+)
 
 TOKENS = [b"<|end|>", b"a", b"\n", b"\x07", b"\xff", b"\xc3\xa9", b" the", b"x\0y", b"\0", b"~", b"\x7f", b"z" * 255]
 
@@ -205,28 +212,30 @@ def test_too_many_characters() -> None:
         CharTokenizer(some + "a")
 
 
-def test_find_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = tmp_path / "data" / "stories"
-    data.mkdir(parents=True)
+def test_the_tokenizer_of_a_data_set_lies_beside_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pattern = "data/stories/stories_train_*.bin"
-    assert find_tokenizer(pattern) is None
-    (tmp_path / "gpt2_tokenizer.bin").touch()
-    assert find_tokenizer(pattern) == Path("gpt2_tokenizer.bin")
-    (data / "gpt2_tokenizer.bin").touch()
-    assert find_tokenizer(pattern) == Path("data/stories/gpt2_tokenizer.bin")
-    (data / "tokenizer.bin").touch()
-    for argument in (pattern, "data/stories/one.bin", "data/stories", data):
-        assert find_tokenizer(argument) == Path(argument if argument == data else "data/stories") / "tokenizer.bin"
-    (data / "stories_train_000000.bin").touch()
-    assert find_tokenizer("data/*/stories_train_*.bin") == Path("data/stories/tokenizer.bin")
+    Path("data").mkdir()
+    shard = Path("data/stories_train_000000.bin")
+    for name in ("gpt2_tokenizer.bin", "chessGPT_tokenizer.bin", "tokenizer.bin"):
+        Path(name).write_bytes(GOOD)
+    assert dataset_tokenizer(shard) is None
+    for name in ("chessGPT_tokenizer.bin", "gpt2_tokenizer.bin", "tokenizer.bin"):  # from llm.c's names to ours
+        Path("data", name).write_bytes(GOOD)
+        tokenizer = dataset_tokenizer(shard)
+        assert tokenizer is not None and tokenizer.path == Path("data", name)
 
 
-def test_chess_does_not_take_gpt2s_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("vocab_size", "name"), [(50257, "gpt2_tokenizer.bin"), (72, "chessGPT_tokenizer.bin")])
+def test_the_tokenizer_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpt2_tokenizer.bin").touch()
-    for directory in ("201506", "201506-moves"):
-        assert find_tokenizer(f"dev/data/{directory}/201506_train_*.bin") is None
-    (tmp_path / "chessGPT_tokenizer.bin").touch()
-    assert find_tokenizer("dev/data/201506/201506_train_*.bin") == Path("chessGPT_tokenizer.bin")
-    assert find_tokenizer("dev/data/fineweb10B/fineweb_train_*.bin") == Path("gpt2_tokenizer.bin")
+    assert working_directory_tokenizer(vocab_size) is None
+    write_tokenizer(name, [b"ab"] * vocab_size, 1)
+    write_tokenizer("tokenizer.bin", [b"ab"] * 65, 1)
+    tokenizer = working_directory_tokenizer(vocab_size)
+    assert tokenizer is not None and tokenizer.path == Path(name)
+    assert working_directory_tokenizer(65) is None
+    for content in (GOOD, b"damaged", tokenizer_bytes([b"ab"] * 5, 20240328, 2, vocab_size, 1)):
+        Path(name).write_bytes(content)
+        assert working_directory_tokenizer(vocab_size) is None

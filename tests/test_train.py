@@ -10,8 +10,9 @@ import torch
 import llmc.train
 from llmc import cli
 from llmc.checkpoint import ModelShape, save_model
-from llmc.cli.train import train as command
+from llmc.cli.train import _main as command
 from llmc.data.loader import DataLoader
+from llmc.errors import UsageError
 
 V = 65
 BASE = (
@@ -108,19 +109,19 @@ def test_console_and_log(train, directory):
         "---",
     ]
     N = 128 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
-    assert plain[3:10] == [
+    assert plain[3:11] == [
         f"num_parameters: {N} => bytes: {4 * N}",
         "allocated 0 MiB for model parameters",
         "batch_size B=2 * seq_len T=16 * num_processes=1 and total_batch_size=32",
         "=> setting grad_accum_steps=1",
+        "created directory: out",
         "allocating 0 MiB for parameter gradients",
         "allocating 0 MiB for activations",
         "allocating 0 MiB for AdamW optimizer state m",
     ]
-    assert re.fullmatch(r"device memory usage: 0 MiB / \d+ MiB", plain[11])
-    assert plain[12] == "memory per sequence: 0 MiB"
-    assert re.fullmatch(r" -> estimated maximum batch size: \d+", plain[13])
-    assert plain[14] == "created directory: out"
+    assert re.fullmatch(r"device memory usage: 0 MiB / \d+ MiB", plain[12])
+    assert plain[13] == "memory per sequence: 0 MiB"
+    assert re.fullmatch(r" -> estimated maximum batch size: \d+", plain[14])
     # Order of a step: validation, sample, update; N = 4 is the last round, without an update.
     kinds = [line.split()[0] for line in plain[15:] if re.match(r"val loss|generating:|step +\d|total average", line)]
     assert kinds == ["val", "step", "step", "val", "step", "generating:", "step", "val", "generating:", "total"]
@@ -200,17 +201,17 @@ def test_val_every(train, flag, steps):
     assert list(train(f"-x 5 {flag}").logged("tel")) == steps
 
 
-@pytest.mark.parametrize(("flag", "count"), [("-s 2", 3), ("-s 0", 1), ("-s -5", 1), ("-s 5", 1)])
+@pytest.mark.parametrize(("flag", "count"), [("-s 2", 3), ("-s 0", 0), ("-s -5", 0), ("-s 5", 1), ("-s 9", 1)])
 def test_sample_every(train, flag, count):
     assert len(train(f"-x 5 {flag}").samples) == count
 
 
 def test_sample_length_and_tokenizer(train, directory):
-    samples = {length: train(f"-x 0 -g {length}").samples[0] for length in (1, 5, 16)}
+    samples = {length: train(f"-x 0 -s 1 -g {length}").samples[0] for length in (1, 5, 16)}
     assert {length: len(sample) for length, sample in samples.items()} == {1: 0, 5: 4, 16: 15}
     assert samples[16].startswith(samples[5])
     (directory / "data" / "tokenizer.bin").unlink()
-    result = train("-e custom:l=2,c=32,h=2,t=32,v=65 -x 0 -g 5")
+    result = train("-e custom:l=2,c=32,h=2,t=32,v=65 -x 0 -s 1 -g 5")
     assert "WARNING: no tokenizer beside data/t_train_*.bin" in result.out
     assert result.samples[0] == "".join(f"{ord(letter) - 33} " for letter in samples[5])
 
@@ -338,6 +339,48 @@ def test_a_loss_that_is_no_number_ends_the_run(train, directory, capsys):
     assert "nan" not in log
 
 
+@pytest.mark.parametrize("flags", ["-v 2", "-v 0", "-x 0"])
+def test_weights_that_are_no_numbers(directory, capsys, flags):
+    """Whether validation or the first step finds it: no advice about the learning rate, which was not used yet."""
+    shape = ModelShape(32, V, 128, 1, 2, 16)
+    save_model("model.bin", shape, "fp32", {name: torch.full(size, torch.nan) for name, size in shape.parameters()})
+    with pytest.raises(SystemExit) as caught:
+        cli.run("llmc-train", command, [*BASE.split(), "-e", "model.bin", *flags.split()])
+    assert caught.value.code == 1
+    message = capsys.readouterr().err
+    expected = r"the weights of -e model\.bin already give a (validation )?loss of nan: start from other weights"
+    assert re.fullmatch(rf"llmc-train: error: {expected}\n", message)
+
+
+def test_a_learning_rate_of_zero_changes_nothing(train):
+    start = {name: p.clone() for name, p in train("-x 0").run.model.parameters().items()}
+    for name, parameter in train("-x 3 -l 0").run.model.parameters().items():
+        assert torch.equal(parameter, start[name])
+
+
+def test_start_token(train, directory):
+    write_tokenizer(directory / "data" / "tokenizer.bin", V, end_of_text=7)
+    assert train("-x 0").run.start_token == 7
+    (directory / "data" / "tokenizer.bin").unlink()
+    starts = {v: train(f"-x 0 -e custom:l=1,c=8,h=1,t=32,v={v}").run.start_token for v in (65, 71, 72, 50257)}
+    assert starts == {65: 0, 71: 0, 72: 2, 50257: 50256}
+
+
+def test_a_tokenizer_in_the_working_directory_only_decodes(train, directory):
+    """It neither gives a custom model its vocabulary nor refuses the data: llm.c leaves such files around."""
+    (directory / "data" / "tokenizer.bin").unlink()
+    for name in ("gpt2_tokenizer.bin", "chessGPT_tokenizer.bin"):
+        write_tokenizer(directory / name, 72)
+    with pytest.raises(UsageError, match="the data has no tokenizer to give the vocabulary size, so add ,v=SIZE"):
+        train()
+    assert train("-x 0 -e custom:l=1,c=8,h=1,t=32,v=65").run.tokenizer is None
+    assert train("-x 0 -e custom:l=1,c=8,h=1,t=32,v=50257").run.tokenizer is None
+    result = train("-x 0 -s 1 -e custom:l=1,c=8,h=1,t=32,v=72")
+    assert str(result.run.tokenizer.path) == "chessGPT_tokenizer.bin"
+    assert "WARNING: no tokenizer" not in result.out
+    assert len(result.samples[0]) == 7
+
+
 def test_characters_that_the_terminal_does_not_know(directory, monkeypatch):
     import io
     import sys
@@ -345,7 +388,7 @@ def test_characters_that_the_terminal_does_not_know(directory, monkeypatch):
     (directory / "data" / "tokenizer.bin").write_bytes(header(20240328, 2, V, 0) + V * b"\x02\xc3\xa9")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    command([*BASE.split(), "-x", "0"])
+    cli.run("llmc-train", command, [*BASE.split(), "-x", "0", "-s", "1"])
     sys.stdout.flush()
     assert b"generating:\n---\n???????\n---\n" in raw.getvalue()
 
@@ -366,9 +409,12 @@ REFUSED = [  # flags, exit status, what the message must contain
     (
         "-e gpt2_124M_bf16.bin",
         1,
-        "-e gpt2_124M_bf16.bin: there is no such file; to train this model from scratch use -e gpt2:d12",
+        "-e gpt2_124M_bf16.bin: there is no such file; to train this model from scratch use -e gpt2:d12; to make the "
+        "file from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 --num_iterations 0 "
+        "--input_bin 'data/t_train_*.bin' (needs the transformers package and the network)",
     ),
     ("-e no/chessGPT_d8_bf16.bin", 1, "use -e chess:d8"),
+    ("-j other/t_val_*.bin", 1, "have different tokens (data/tokenizer.bin and other/tokenizer.bin): give"),
     ("-e other.bin", 1, "cannot read model checkpoint other.bin: No such file or directory"),
     ("-e data/t_val_0.bin", 1, "data/t_val_0.bin is not a model checkpoint: it is a token shard"),
     ("-e data", 2, "-e data is no model"),
@@ -390,6 +436,10 @@ def test_refused_before_anything_on_disk_changes(directory, capsys, flags, statu
     (directory / "out").mkdir()
     (directory / "out" / "main.log").write_text("s:0 tel:1.0000\n")
     (directory / "data" / "short.bin").write_bytes(header(20240520, 1, 100) + bytes(100))
+    other = directory / "other"  # as many tokens as in data, but not the same
+    other.mkdir()
+    write_shard(other / "t_val_0.bin", text(2, 300))
+    (other / "tokenizer.bin").write_bytes(header(20240328, 2, V, 0) + V * b"\x01a")
     before = snapshot(directory)
     with pytest.raises(SystemExit) as caught:
         cli.run("llmc-train", command, [*BASE.split(), *flags.split()])

@@ -190,10 +190,36 @@ def test_model_files(tmp_path: Path) -> None:
     assert len(half) == len(values)
     np.testing.assert_allclose(widened, values, rtol=2.0**-8)  # bf16 has 8 significant bits
 
-    loaded = ref.load_model_file(str(tmp_path / "m.bin"))
-    assert loaded.config == model.config
-    for expected, actual in zip(model.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(expected, actual)
+    for name in ("m.bin", "m_bf16.bin"):
+        loaded = ref.load_model_file(str(tmp_path / name))
+        assert loaded.config == model.config
+        for expected, actual in zip(model.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(expected if name == "m.bin" else expected.bfloat16().float(), actual)
+
+
+SIZES = (12, 19, 2, 2, 16, 128)  # T, V, L, NH, C, Vp: 8,832 parameters
+
+
+@pytest.mark.parametrize(
+    "header, size, message",
+    [
+        ((), 0, "is not a model file of version 3 or 5: it begins with 0, 0"),
+        ((20240520, 1, 5), 1034, "is not a model file of version 3 or 5: it begins with 20240520, 1"),
+        ((20240326, 4, *SIZES), 1024, "it begins with 20240326, 4"),
+        ((20240326, 3, *SIZES), 36351, "is damaged: its header promises 36352 bytes, but it has 36351"),
+        ((20240326, 5, *SIZES), 36352, "is damaged: its header promises 18688 bytes, but it has 36352"),
+        ((20240326, 3, 12, 19, 2, 3, 16, 128), 1024, "is damaged: its header says T=12 V=19 L=2 NH=3 C=16 Vp=128"),
+        ((20240326, 3, 12, 19, 2, 0, 16, 128), 1024, "is damaged: its header says .* NH=0"),
+        ((20240326, 3, 12, 19, -2, 2, 16, 128), 1024, "is damaged: its header says .* L=-2"),
+        ((20240326, 3, 12, 129, 2, 2, 16, 128), 1024, "is damaged: its header says .* V=129 .* Vp=128"),
+    ],
+)
+def test_bad_model_file(tmp_path: Path, header: tuple[int, ...], size: int, message: str) -> None:
+    path = tmp_path / "m.bin"
+    path.write_bytes(np.array([*header, *[0] * 256], "<i4").tobytes()[:1024].ljust(size, b"\0")[:size])
+    with pytest.raises(RunError, match=message) as error:
+        ref.load_model_file(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_debug_state(tmp_path: Path) -> None:
@@ -451,6 +477,18 @@ def test_model_file_gives_the_weights_and_is_not_written_again(shard: str, tmp_p
     ]
 
 
+def test_pretrained_weights_become_model_files(shard: str, tmp_path: Path, monkeypatch) -> None:
+    """`--model gpt2 --num_iterations 0` only writes files; llmc-train names this command when one is missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ref.GPT2_DEPTHS, 12, (8, 1))
+    monkeypatch.setattr(ref, "fetch_pretrained", lambda name: {})
+    monkeypatch.setattr(ref, "copy_pretrained", lambda model, weights: model.lnf.bias.data.fill_(3.0))
+    ref.train(["--model", "gpt2", "--num_iterations", "0", "--input_bin", shard, "--device", "cpu"])
+    raw = (tmp_path / "gpt2_124M_bf16.bin").read_bytes()
+    assert list(np.frombuffer(raw, "<i4", 8)) == [20240326, 5, 1024, 50257, 12, 1, 8, 50304]
+    assert np.frombuffer(raw[-16:], "<u2").tolist() == [0x4040] * 8  # 3.0 in bf16
+
+
 def test_tokens_outside_the_vocabulary(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "big.bin", [*range(19), 19, *range(15)])
     with pytest.raises(RunError, match=r"big\.bin has token 19, but the model's vocabulary has 19 tokens"):
@@ -501,7 +539,7 @@ def test_usage_errors(shard: str, arguments: str, message: str) -> None:
     [
         ("--input_bin none_*.bin", r"--input_bin none_\*\.bin: no such file"),
         ("--val_loss_every 1 --input_val_bin none.bin", r"--input_val_bin none\.bin: no such file"),
-        ("--model none.bin", r"cannot read model checkpoint none\.bin: No such file"),
+        ("--model none.bin", r"cannot read none\.bin: No such file"),
         ("--model gpt2-xl", "--model gpt2-xl needs the transformers package"),
     ],
 )

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from llmc.errors import RunError, UsageError
 
@@ -26,6 +27,12 @@ def run(program: str, main: Callable[[list[str]], None], argv: list[str] | None 
         if not is_core_error(error):
             raise
         fail(program, error, 1)
+    except ImportError as error:
+        if not is_import_of_core(error):
+            raise
+        reason = " ".join(str(error).split())
+        rebuild = "rebuild it with pip install --no-build-isolation -e ."
+        fail(program, f"the compiled core cannot be imported: {reason}; {rebuild}", 1)
     except KeyboardInterrupt:
         fail(program, "interrupted", 130)
 
@@ -34,6 +41,11 @@ def is_core_error(error: RuntimeError) -> bool:
     """True for an exception thrown by the compiled core (`llmc._C.Error`)."""
     core = sys.modules.get("llmc._C")
     return core is not None and isinstance(error, core.Error)
+
+
+def is_import_of_core(error: ImportError) -> bool:
+    """True if `from llmc import _C` found no such file, or one that does not load (it fits one torch only)."""
+    return error.name == "llmc._C" or Path(error.path or "").match("llmc/_C.*")
 
 
 def fail(program: str, message: object, status: int) -> None:

@@ -10,22 +10,30 @@ from llmc.cli import run
 from llmc.errors import UsageError
 from llmc.machine import cpu_count, cpu_name, memory_bytes
 
-PACKAGES = ("torch", "numpy")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+PACKAGES = ("torch", "numpy", "scipy-openblas32", "tiktoken", "pybind11")
+VARIABLES = (
+    *("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+    *("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LLMC_CPU_ISA"),
+)
 
 
 def main() -> None:
-    run("llmc-info", info)
+    run("llmc-info", _main)
 
 
-def info(argv: list[str]) -> None:
+def _main(argv: list[str]) -> None:
     if argv in (["-h"], ["--help"]):
         print("usage: llmc-info\n\nPrints versions, machine and build switches, to be pasted into a bug report.")
         return
     if argv:
         raise UsageError(f"unknown argument {argv[0]}: llmc-info takes none")
-    for key, value in {**software(), **machine(), **core()}.items():
-        print(f"{key}: {value}")
+    for part in (software, machine, environment, devices, core):
+        try:
+            facts = part()
+        except (ImportError, OSError, RuntimeError) as error:  # a broken part is what the report is for
+            facts = {part.__name__: f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        for key, value in facts.items():
+            print(f"{key}: {value}")
 
 
 def software() -> dict[str, object]:
@@ -39,25 +47,29 @@ def software() -> dict[str, object]:
 
 
 def machine() -> dict[str, object]:
-    facts: dict[str, object] = {
+    return {
         "os": platform.platform(),
         "cpu": cpu_name(),
         "processors": f"{cpu_count()} of {os.cpu_count()}",
         "memory": f"{memory_bytes() // 2**20} MiB",
     }
-    return facts | {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+
+
+def environment() -> dict[str, object]:
+    """The variables that change speed; GOMP_SPINCOUNT is llmc's own unless it was set."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def devices() -> dict[str, object]:
+    """torch's view of threads and GPUs."""
+    import torch
+
+    gpus = {f"cuda device {i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return {"torch threads": torch.get_num_threads(), **gpus}
 
 
 def core() -> dict[str, object]:
-    """torch's view of threads and devices, and the switches the compiled core was built with."""
-    try:
-        import torch
+    """The switches the compiled core was built with."""
+    from llmc import _C
 
-        facts: dict[str, object] = {"torch threads": torch.get_num_threads()}
-        for index in range(torch.cuda.device_count()):
-            facts[f"cuda device {index}"] = torch.cuda.get_device_name(index)
-        import llmc._C as _C
-
-        return facts | {f"core {key}": value for key, value in _C.build_info().items()}
-    except ImportError as error:
-        return {"core": "cannot be imported: " + str(error).replace("\n", " ")}
+    return {f"core {key}": value for key, value in _C.build_info().items()}

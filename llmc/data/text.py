@@ -166,27 +166,25 @@ def _even_parts(tokens: np.ndarray, most: int) -> Iterator[np.ndarray]:
         yield tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
 
 
-'def _refuse_another_tokenizer(out: Path, name: str, new: Path) -> None:
-    """RunError if `out` holds shards of another data set that would lose their tokenizer to the `new` one."""
-    others = [path.name for path in out.glob("*.bin") if not path.name.startswith(_prefixes(name))]
+def _refuse_another_tokenizer(out: Path, name: str, new: Path) -> None:
+    """RunError if `out` holds shards of another data set, which would lose their tokenizer to the `new` one."""
     old = out / "tokenizer.bin"
-    if old.exists() and old.read_bytes() != new.read_bytes() and others != [old.name]:
+    others = {path.name for path in out.glob("*.bin")} - _shards(out, name) - {old.name}
+    if others and old.exists() and old.read_bytes() != new.read_bytes():
         raise RunError(
-            f"{out} holds another data set ({min(set(others) - {old.name})} ...), which needs its own tokenizer.bin: "
-            "choose another --out"
+            f"{out} holds another data set ({min(others)} ...), which needs its own tokenizer.bin: choose another --out"
         )
 
 
 def _refuse_older_shards(out: Path, name: str, new: set[str]) -> None:
-    """RunError if shards of an earlier run stay in `out`: they would match the new ones' pattern."""
-    stale = sorted(path.name for path in out.glob("*.bin") if path.name.startswith(_prefixes(name))) 
-    stale = [file for file in stale if file not in new]
+    """RunError if shards of an earlier run would stay in `out` and match the pattern of the new ones."""
+    stale = _shards(out, name) - new
     if stale:
         raise RunError(
-            f"{out} holds {len(stale)} more shards of an older {name} ({stale[0]} ...), which would mix with the new: "
-            "delete them, or choose another --out"
+            f"{out} holds {len(stale)} more shards of an older {name} ({min(stale)} ...), which would mix with the "
+            "new: delete them, or choose another --out"
         )
 
 
-def _prefixes(name: str) -> tuple[str, str]:
-    return f"{name}_train_", f"{name}_val_"
+def _shards(out: Path, name: str) -> set[str]:
+    return {path.name for path in out.glob("*.bin") if path.name.startswith((f"{name}_train_", f"{name}_val_"))}

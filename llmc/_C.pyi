@@ -1,0 +1,282 @@
+"""Types of the compiled core, for editors and type checkers; its source is csrc/bindings.
+
+`ops` and `random` are modules; a single stub can only show them as classes of static functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+class Error(RuntimeError):
+    """What every check of the core throws."""
+
+def build_info() -> dict[str, Any]:
+    """What this build of the core is made of."""
+
+class GPT2Config:
+    """Shape of a GPT-2: what the model file's header holds."""
+
+    def __init__(
+        self,
+        *,
+        max_seq_len: int = 1024,
+        vocab_size: int = 50257,
+        padded_vocab_size: int = 50304,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        channels: int = 768,
+    ) -> None: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def num_parameters(self) -> int: ...
+
+class Options:
+    """How a model is run; see csrc/gpt2/config.h."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 4,
+        seq_len: int = 1024,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        grad_dtype: Literal["fp32", "bf16"] | None = None,
+        recompute: int = 1,
+        gelu_fusion: int = 0,
+        master_weights: bool = True,
+        zero_stage: int = 0,
+        classifier_rows: int = 0,
+    ) -> None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]: ...
+    @property
+    def grad_dtype(self) -> Literal["fp32", "bf16"]: ...
+    @property
+    def recompute(self) -> int: ...
+    @property
+    def gelu_fusion(self) -> int: ...
+    @property
+    def master_weights(self) -> bool: ...
+    @property
+    def zero_stage(self) -> int: ...
+    @property
+    def classifier_rows(self) -> int: ...
+
+def plan(
+    config: GPT2Config, options: Options, world_size: int = 1
+) -> list[tuple[str, str, str, tuple[int, ...], int, int]]:
+    """The memory of one rank before anything is allocated: (name, lifetime, dtype, shape, offset, bytes)."""
+
+class GPT2:
+    """GPT-2 with its training step; see csrc/gpt2/model.h."""
+
+    rng_state: int
+    def __init__(self, config: GPT2Config, options: Options) -> None: ...
+    @property
+    def config(self) -> GPT2Config: ...
+    @property
+    def options(self) -> Options: ...
+    def init_random(self, seed: int = 42) -> None:
+        """Random parameters: GPT-2's initialisation, drawn like torch's from mt19937. Forgets the optimizer state."""
+
+    def reset_optimizer(self) -> None:
+        """Forget m, v and master weights: needed after parameters were written from outside a used model."""
+
+    def forward(self, tokens: Tensor) -> None:
+        """Run tokens (b,t), int32 or int64, b <= B and t <= T, up to the last layernorm."""
+
+    def backward(self, targets: Tensor, micro_step: int = 0, accumulation_steps: int = 1) -> None:
+        """Loss and gradients of the last forward. micro_step 0 zeroes both first; the last one completes the step."""
+
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Per-token losses, fp32 (b,t), without gradients."""
+
+    def logits(self, begin: int, end: int) -> Tensor:
+        """Logits, fp32 (end - begin, V), of rows [begin, end) of the last forward's (b*t) rows."""
+
+    def update(
+        self,
+        lr: float,
+        weight_decay: float,
+        step: int,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        grad_clip: float = 1.0,
+    ) -> None:
+        """Clip the gradient norm and do one AdamW step; step counts from 1."""
+
+    def loss(self) -> float:
+        """Mean loss over the micro-steps (and ranks) of the last complete backward."""
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last complete backward, before clipping."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Views of the gradients by name; they exist after the first backward."""
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        """Views of this rank's part of m, v or master by parameter name; they exist after the first update."""
+
+    def buffer(self, name: str) -> Tensor:
+        """View of any buffer of the plan, for example the activation h0.atty (B,T,C)."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by lifetime."""
+
+class ops:
+    """Every operation of the training step on torch tensors; csrc/ops/ops.h has the contracts."""
+
+    @staticmethod
+    def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
+        """out[b,t] = wte[tokens[b,t]] + wpe[t]"""
+
+    @staticmethod
+    def embedding_backward(dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, seed: int = 0) -> None:
+        """dwte[v] += sum of dout where tokens == v; dwpe[t] += sum of dout over b"""
+
+    @staticmethod
+    def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """out = (x - mean) * rstd * weight + bias per row of x (N,C), eps 1e-5"""
+
+    @staticmethod
+    def residual_layernorm_forward(
+        residual: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor
+    ) -> None:
+        """residual = a + b; out = layernorm(residual)"""
+
+    @staticmethod
+    def layernorm_backward(
+        dx: Tensor,
+        dweight: Tensor,
+        dbias: Tensor,
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+    ) -> None:
+        """dx += ..., dweight += ..., dbias += ..."""
+
+    @staticmethod
+    def matmul_forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias"""
+
+    @staticmethod
+    def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """pre = x @ weight.T + bias; out = gelu(pre)"""
+
+    @staticmethod
+    def matmul_backward_input(dx: Tensor, dout: Tensor, weight: Tensor) -> None:
+        """dx = dout @ weight"""
+
+    @staticmethod
+    def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, weight: Tensor, pre: Tensor) -> None:
+        """dpre = (dout @ weight) * gelu'(pre)"""
+
+    @staticmethod
+    def matmul_backward_weight(dweight: Tensor, dout: Tensor, x: Tensor) -> None:
+        """dweight += dout.T @ x"""
+
+    @staticmethod
+    def bias_backward(dbias: Tensor, dout: Tensor) -> None:
+        """dbias += dout.sum over rows"""
+
+    @staticmethod
+    def gelu_forward(out: Tensor, x: Tensor) -> None:
+        """out = gelu(x), tanh form"""
+
+    @staticmethod
+    def gelu_backward(dx: Tensor, x: Tensor) -> None:
+        """dx *= gelu'(x), in place"""
+
+    @staticmethod
+    def attention_forward(out: Tensor, lse: Tensor, qkv: Tensor, num_heads: int) -> None:
+        """Causal self-attention: out (B,T,C), lse (B,NH,T) from qkv (B,T,3C)"""
+
+    @staticmethod
+    def attention_backward(dqkv: Tensor, dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_heads: int) -> None:
+        """dqkv = gradient of attention_forward"""
+
+    @staticmethod
+    def fused_classifier(
+        logits: Tensor, losses: Tensor, targets: Tensor, vocab_size: int, dloss: float, write_dlogits: bool
+    ) -> None:
+        """losses += cross entropy; logits = (softmax - onehot) * dloss in place if write_dlogits"""
+
+    @staticmethod
+    def adamw(
+        param: Tensor,
+        grad: Tensor,
+        m: Tensor,
+        v: Tensor,
+        master: Tensor | None,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        t: int,
+        grad_scale: float,
+        seed: int = 0,
+        layer: int = 0,
+        first: int = 0,
+    ) -> None:
+        """One AdamW step of one tensor; bf16 parameters are rounded stochastically"""
+
+    @staticmethod
+    def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+        """Sum of squares over a list of tensors"""
+
+    @staticmethod
+    def clip_scale(sum: float, max_norm: float) -> tuple[float, float]:
+        """(norm, scale) of a sum of squares"""
+
+    @staticmethod
+    def cast(out: Tensor, x: Tensor) -> None:
+        """out = x, between fp32 and bf16"""
+
+    @staticmethod
+    def accumulate(out: Tensor, x: Tensor) -> None:
+        """out += x, fp32 or bf16 each"""
+
+    @staticmethod
+    def sum(x: Tensor) -> float:
+        """Sum of an fp32 tensor"""
+
+class random:
+    """The random number generators of the core."""
+
+    @staticmethod
+    def normal(seed: int, n: int, mean: float, std: float) -> tuple[Tensor, int]:
+        """(n normal values as torch's CPU normal_ draws them, the next 32 random bits)"""
+
+    @staticmethod
+    def squirrel5(position: int, seed: int) -> int: ...
+    @staticmethod
+    def noise_2d(x: int, y: int, seed: int) -> int: ...
+    @staticmethod
+    def stochastic_round(x: float, noise: int) -> int:
+        """The bits of x rounded to bf16 with 16 bits of noise."""
+
+    @staticmethod
+    def xorshift64(state: int) -> tuple[int, int]:
+        """(32 random bits, new state) of xorshift64*."""
