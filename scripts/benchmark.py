@@ -56,9 +56,11 @@ def run_case(case: str, contenders: list[str], rounds: int, steps: int) -> dict[
     """Seconds of every step and peak memory in MiB, by contender."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    processes = []
     for name in contenders:
         pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(name, case, theirs), daemon=True).start()
+        processes.append(context.Process(target=serve, args=(name, case, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()  # so that the end of the process ends the pipe
         ask(name, pipes[name])  # built and warm, before the next one starts
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -66,6 +68,8 @@ def run_case(case: str, contenders: list[str], rounds: int, steps: int) -> dict[
         for name, pipe in pipes.items():
             seconds[name] += ask(name, pipe, steps)
     memory = {name: ask(name, pipe, 0) for name, pipe in pipes.items()}
+    for process in processes:
+        process.join()
     return {name: (seconds[name], memory[name]) for name in contenders}
 
 
