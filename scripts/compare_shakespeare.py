@@ -125,7 +125,12 @@ def run_torch_twin(config: TrainConfig, seconds: float) -> Curve:
 def run_nanogpt(config: TrainConfig) -> Curve:
     vocabulary = models.resolve(config.model, None).vocab_size
     recipe = replace(
-        config, model=f"custom:l=4,c=128,h=4,t=64,v={vocabulary}", batch_size=12, seq_len=64, weight_decay=0.1
+        config,
+        model=f"custom:l=4,c=128,h=4,t=64,v={vocabulary}",
+        batch_size=12,
+        seq_len=64,
+        sample_length=64,
+        weight_decay=0.1,
     )
     text = np.concatenate([read_shard(path) for path in find_shards(config.train_data)]).astype(np.int64)
     generator = torch.Generator().manual_seed(1337)
