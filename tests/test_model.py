@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ops_testing import round_stochastically
 
 from llmc import _C, checkpoint
 
@@ -247,8 +248,9 @@ def test_classifier_chunks(precision, grad_dtype, rows):
     results = []
     for classifier_rows in (0, rows):
         model = build(case, precision=precision, grad_dtype=grad_dtype, classifier_rows=classifier_rows)
-        model.forward(x)
-        model.backward(y)
+        for _ in range(2):  # the second step must not see the sums of the first
+            model.forward(x)
+            model.backward(y)
         results.append((model.loss(), {n: g.clone() for n, g in model.gradients().items()}))
     (loss, one), (chunked_loss, many) = results
     assert abs(loss - chunked_loss) <= 1e-6
@@ -282,6 +284,7 @@ def test_evaluate_leaves_the_step_alone():
     model.backward(y)
     loss, gradient = model.loss(), model.gradients()["h0.fcw"].clone()
     losses = model.evaluate(x, y)
+    assert torch.equal(model.evaluate(x, y), losses)
     assert losses.shape == x.shape
     assert abs(float(losses.mean()) - loss) <= 1e-6
     assert model.loss() == loss
@@ -348,6 +351,9 @@ def test_master_weights():
     for step in (1, 2, 3):
         train_step(model, *batch(case, seed=step), step)
     master = model.optimizer_state("master")
+    for name, before in start.items():
+        # Adam moves a value by about lr a step at most (2 lr while the moments are young), and decay by lr * wd * w.
+        assert ((master[name] - before).abs() <= 3 * 1e-3 * (2 + 0.1 * before.abs())).all(), name
     moved = 0
     for name, parameter in model.parameters().items():
         down = (master[name].view(torch.int32) & ~0xFFFF).view(torch.float32)
@@ -360,6 +366,50 @@ def test_master_weights():
     train_step(plain, *batch(case))
     with pytest.raises(_C.Error, match="no master weights"):
         plain.optimizer_state("master")
+
+
+def test_rounding_of_the_update_follows_the_element():
+    """bf16 parameters are the master weights rounded with noise of (element, layer) and one seed for each kind."""
+    case = SMALL[2]
+    model = build(case, precision="bf16")
+    model.forward(batch(case)[0])
+    model.backward(batch(case)[1])
+    model.update(lr=1e-3, weight_decay=0.1, step=1)
+    state = 13371337
+    _, state = _C.random.xorshift64(state)  # of the embedding's backward
+    seeds = {}
+    for kind, _ in checkpoint.ModelShape(64, 257, 384, 3, 3, 72).tensors():
+        seeds[kind], state = _C.random.xorshift64(state)
+    master = model.optimizer_state("master")
+    for name, parameter in model.parameters().items():
+        block, _, kind = name.rpartition(".")
+        i = torch.arange(parameter.numel())
+        layer = int(block[1:] or 0)
+        expected = round_stochastically(master[name].flatten(), i % 512, 512 * (i // 512) + layer, seeds[kind])
+        assert torch.equal(parameter.flatten(), expected), name
+
+
+@pytest.mark.parametrize("grad_clip", [0.01, 1.0, 100.0])
+def test_gradients_are_clipped_at_the_given_norm(grad_clip):
+    """After the first step m = 0.1 * scale * gradient, with scale = min(1, grad_clip / norm)."""
+    case = SMALL[1]
+    model = build(case)
+    train_step(model, *batch(case), grad_clip=grad_clip)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in model.gradients().values()))
+    assert math.isclose(model.grad_norm(), norm, rel_tol=1e-5)  # fp32 against fp64
+    for name, m in model.optimizer_state("m").items():
+        expected = model.gradients()[name] * (0.1 * min(1, grad_clip / norm))
+        # 0.1 is 1 - 0.9 in fp32, which is off by 2.4e-7 of it
+        torch.testing.assert_close(m, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_rows_of_the_embedding_are_visited_by_token():
+    case = SMALL[3]
+    x, y = batch(case)
+    model = build(case)
+    model.forward(x)
+    model.backward(y)
+    assert torch.equal(model.buffer("token_order").long(), torch.argsort(x.flatten(), stable=True))
 
 
 def test_rng_state_counts_the_draws():
