@@ -9,6 +9,7 @@ own. From llmc it takes only how files are written, GPT-2's vocabulary, and how 
 """
 
 import argparse
+import gc
 import glob
 import itertools
 import math
@@ -510,6 +511,7 @@ def train(arguments: list[str]) -> None:
         run_training(args, ranks)
     finally:
         if ranks.world_size > 1:
+            gc.collect()  # DDP is in a reference cycle; its threads must end before the group and the interpreter do
             dist.destroy_process_group()
 
 

@@ -189,7 +189,7 @@ def test_help_lists_every_flag_with_its_default():
         # From this flag's name to the first default after it, no other long name in between.
         entry = re.search(rf"{long} (?:(?!--).)*?\(default: (.*?)\)", text)
         assert entry and entry[1] == shown, long
-        assert short is None or f"{short} " in text
+        assert short is None or re.search(rf"{short}[ ,]", text)  # Python 3.13 writes -e, --model
     for group in ("model:", "files:", "batch:", "optimization:", "evaluation:", "memory:"):
         assert group in text
     assert "custom:l=4,c=128,h=4,t=64" in text

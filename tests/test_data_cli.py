@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_full_disk_loses_nothing() -> None:
     arguments = [sys.executable, "-c", limit + PROGRAM, "text", "t.txt", "--encoding", "chars", "--out", "o"]
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("llmc-data: error: cannot write o/.t.")
+    assert re.match(r"llmc-data: error: cannot write (/.*/)?o/\.t\.", result.stderr)  # absolute from Python 3.12
     assert result.stderr.endswith(": File too large\n") and result.stderr.count("\n") == 1
     assert {name: Path("o", name).read_bytes() for name in names(Path("o"))} == before
 

@@ -390,12 +390,13 @@ def test_two_processes_compute_what_one_does(shard: str, tmp_path: Path, capsys)
     )
     run_script(*flags.split(), *f"--val_max_steps 4 --output_dir {tmp_path / 'one'}".split())
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {SCRIPT} {BASE} --model {TINY}"
-    subprocess.run(
+    result = subprocess.run(
         f"{launch} {flags} --val_max_steps 2 --output_dir {tmp_path / 'two'} --zero_stage 1".split(),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
-        check=True,
         capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr
     one, two = ((tmp_path / name / "main.log").read_text() for name in ("one", "two"))
     number = r"\d\.\d{6}"
     assert re.sub(number, "", one) == re.sub(number, "", two)
