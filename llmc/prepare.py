@@ -1,5 +1,6 @@
 """From the flags to a model and its data: every check is made here, before anything on the disk changes."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,7 @@ def prepare(config: TrainConfig) -> Run:
     schedule = Schedule(
         config.scheduler, config.learning_rate, config.warmup_steps, num_steps, config.final_lr_fraction
     )
+    check_output_dir(config.output_dir)
     model, buffers = build_model(config, shape, precision)
     return Run(
         config=config,
@@ -111,6 +113,18 @@ def prepare(config: TrainConfig) -> Run:
         val_batches=val_batches,
         schedule=schedule,
     )
+
+
+def check_output_dir(directory: str) -> None:
+    """Find out before a large model is built, not after it, that nothing can be written; '' stands for no directory."""
+    path = Path(directory)
+    if not directory:
+        return
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise RunError(f"-o {path}: {existing} is not a directory; choose another output directory")
+    if not os.access(existing, os.W_OK | os.X_OK) or (path / "main.log").is_dir():
+        raise RunError(f"-o {path}: {path / 'main.log'} cannot be written; choose another output directory")
 
 
 def is_file(model: str) -> bool:
@@ -156,7 +170,10 @@ def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) ->
     """The model with its weights, and its memory plan."""
     from llmc import _C
 
-    core_config = _C.GPT2Config(**asdict(shape))
+    try:
+        core_config = _C.GPT2Config(**asdict(shape))
+    except _C.Error as error:
+        raise RunError(f"-e {config.model}: {error}") from error
     options = _C.Options(
         batch_size=config.batch_size,
         seq_len=config.seq_len,

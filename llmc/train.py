@@ -83,4 +83,7 @@ def check_finite(config: TrainConfig, name: str, value: float, step: int) -> Non
         return
     if step == 0:
         raise RunError(f"the weights of -e {config.model} already give a {name} of {value}: start from other weights")
-    raise RunError(f"the {name} is {value} at step {step + 1}: lower the learning rate -l or raise the warm-up -u")
+    raise RunError(
+        f"the {name} is {value} at step {step + 1}: "
+        "lower the learning rate -l or the weight decay -c, or raise the warm-up -u"
+    )

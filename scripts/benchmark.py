@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for case in args.cases:
         parse_case(case)
+    if args.rounds < 1 or args.steps < 1:
+        raise UsageError("--rounds and --steps must be 1 or more")
     print(f"{machine.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for case in args.cases:
         rows = run_case(case, args.contenders, args.rounds, args.steps)
@@ -106,9 +108,11 @@ def serve(name: str, case: str, pipe: Connection) -> None:
 def parse_case(case: str) -> tuple[str, int, int]:
     descriptor, _, sizes = case.rpartition(":")
     B, _, T = sizes.partition("x")
-    if not (B.isdecimal() and T.isdecimal()):
+    if not (B.isdecimal() and T.isdecimal() and int(B) > 0):
         raise UsageError(f"--cases {case}: give MODEL:BxT, such as d12:4x64")
-    models.resolve(descriptor, None)
+    context = models.resolve(descriptor, None).max_seq_len
+    if not 0 < int(T) <= context:
+        raise UsageError(f"--cases {case}: T must be from 1 to the model's context of {context}")
     return descriptor, int(B), int(T)
 
 

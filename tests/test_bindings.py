@@ -22,10 +22,10 @@ def layernorm(**change):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"x": torch.ones(3, 8, dtype=torch.float64)}, "x is Double, it must be fp32, bf16 or int32"),
-        ({"x": torch.ones(3, 8, dtype=torch.int32)}, "x is int32, it must be fp32 or bf16"),
-        ({"weight": ROW.bfloat16()}, "weight is bf16, it must be fp32 as the arguments before it"),
-        ({"mean": torch.empty(3).bfloat16()}, "mean is bf16, it must be fp32"),
+        ({"x": torch.ones(3, 8, dtype=torch.float64)}, "x is Double, it must be fp32 or bf16"),
+        ({"x": torch.ones(3, 8, dtype=torch.int32)}, "x is Int, it must be fp32 or bf16"),
+        ({"weight": ROW.bfloat16()}, "weight is BFloat16, it must be fp32 as the arguments before it"),
+        ({"mean": torch.empty(3).bfloat16()}, "mean is BFloat16, it must be fp32"),
         ({"weight": torch.ones(9)}, r"weight has shape \(9\), it must be \(C\) with C=8, N=3"),
         ({"out": torch.empty(4, 8)}, r"out has shape \(4, 8\), it must be \(N C\) with C=8, N=3"),
         ({"x": torch.ones(8, 3).T}, "x is not contiguous"),

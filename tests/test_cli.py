@@ -47,3 +47,10 @@ def test_a_core_that_cannot_be_imported(tmp_path: Path, built: bool) -> None:
 def test_other_imports_keep_their_traceback(statement: str) -> None:
     with pytest.raises(ImportError, match="no_such"):
         cli.run("llmc-train", lambda argv: exec(statement), [])
+
+
+def test_a_closed_standard_output(tmp_path: Path) -> None:
+    """As under a daemon: nothing to print to is no reason to fail."""
+    code = "from llmc.cli import run; run('llmc-train', lambda argv: print('lost'), [])"
+    result = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -227,7 +227,7 @@ def test_bad_text(capsys: pytest.CaptureFixture[str], encoding: str, content: by
         (
             ["text", "short.txt", "--encoding", "chars", "--val-fraction", "0.9"],
             1,
-            "the train split of short is empty (3 tokens in all): give more text",
+            "the train split of short is empty (3 tokens in all): give more text or another --val-fraction",
         ),
     ],
 )

@@ -522,7 +522,7 @@ def test_wrong_calls():
     case = SMALL[1]
     x, y = batch(case)
     model = build(case)
-    with pytest.raises(_C.Error, match="must have the shape of the last forward"):
+    with pytest.raises(_C.Error, match="backward needs a forward"):
         model.backward(y)
     with pytest.raises(_C.Error, match="not allocated yet"):
         model.gradients()
@@ -557,6 +557,8 @@ def test_wrong_calls():
         ({"eps": 0.0}, "eps is 0"),
         ({"grad_clip": 0.0}, "grad_clip is 0"),
         ({"lr": math.nan}, "learning_rate is nan"),
+        ({"lr": -1.0}, "learning_rate is -1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1"),
         ({"step": 0}, "step is 0"),
     ):
         with pytest.raises(_C.Error, match=message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import llmc.prepare
 import llmc.train
 from llmc import cli
 from llmc.checkpoint import ModelShape, save_model
@@ -460,9 +461,17 @@ def test_a_model_larger_than_the_memory(capsys, directory):
     assert snapshot(directory) == before
 
 
-def test_unusable_output_directory(capsys, directory):
-    (directory / "file").write_text("")
+@pytest.mark.parametrize("obstacle", ["file", "file below", "log is a directory"])
+def test_unusable_output_directory(capsys, directory, monkeypatch, obstacle):
+    """Found before the model is built, which may take minutes."""
+    monkeypatch.setattr(llmc.prepare, "build_model", lambda *_: pytest.fail("the model was built"))
+    if obstacle == "log is a directory":
+        (directory / "out" / "main.log").mkdir(parents=True)
+    else:
+        (directory / "out").write_text("")
+    output = "out/deeper" if obstacle == "file below" else "out"
     with pytest.raises(SystemExit) as caught:
-        cli.run("llmc-train", command, [*BASE.split(), "-o", "file"])
+        cli.run("llmc-train", command, [*BASE.split(), "-o", output])
     assert caught.value.code == 1
-    assert "cannot create the output directory file: File exists; choose another with -o" in capsys.readouterr().err
+    line = rf"llmc-train: error: -o {output}: .*; choose another output directory\n"
+    assert re.fullmatch(line, capsys.readouterr().err)

@@ -17,17 +17,24 @@ at::ScalarType torch_dtype(DType dtype) {
   return dtype == DType::F32 ? at::kFloat : dtype == DType::BF16 ? at::kBFloat16 : at::kInt;
 }
 
-void Arguments::check_dtype(const char* name, DType dtype, const std::string& expected) {
+DType Arguments::check_dtype(const char* name, at::ScalarType type, const std::string& expected) {
   const auto require = [&](bool allowed, const std::string& what) {
-    LLMC_CHECK(allowed, "%s: %s is %s, it must be %s", operation_.c_str(), name, name_of(dtype), what.c_str());
+    LLMC_CHECK(allowed, "%s: %s is %s, it must be %s", operation_.c_str(), name, c10::toString(type), what.c_str());
   };
-  if (expected == "f32") return require(dtype == DType::F32, "fp32");
-  if (expected == "i32") return require(dtype == DType::I32, "int32");
-  require(dtype != DType::I32, "fp32 or bf16");
-  if (expected == "any") return;
-  if (expected == "G" && dtype == DType::F32) return;  // fp32 gradients go with every X
+  if (expected == "i32") {
+    require(type == at::kInt, "int32");
+    return DType::I32;
+  }
+  if (expected == "f32") {
+    require(type == at::kFloat, "fp32");
+    return DType::F32;
+  }
+  require(type == at::kFloat || type == at::kBFloat16, "fp32 or bf16");
+  const DType dtype = type == at::kFloat ? DType::F32 : DType::BF16;
+  if (expected == "any" || (expected == "G" && dtype == DType::F32)) return dtype;  // fp32 gradients go with every X
   const DType bound = dtypes_.emplace("X", dtype).first->second;
   require(dtype == bound, std::string(name_of(bound)) + (expected == "G" ? " or fp32" : " as the arguments before it"));
+  return dtype;
 }
 
 void Arguments::wrong_shape(const char* name, const at::Tensor& tensor, const char* shape) const {
@@ -49,21 +56,7 @@ Tensor Arguments::in(const char* name, const at::Tensor& tensor, const char* dty
   LLMC_CHECK(tensor.is_cpu(), "%s: %s is not in CPU memory", operation, name);
   LLMC_CHECK(tensor.is_contiguous(), "%s: %s is not contiguous, call .contiguous()", operation, name);
   LLMC_CHECK(tensor.numel() > 0, "%s: %s is empty", operation, name);
-  DType actual = DType::F32;
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      break;
-    case at::kBFloat16:
-      actual = DType::BF16;
-      break;
-    case at::kInt:
-      actual = DType::I32;
-      break;
-    default:
-      throw_error(__FILE__, __LINE__, "%s: %s is %s, it must be fp32, bf16 or int32", operation, name,
-                  c10::toString(tensor.scalar_type()));
-  }
-  check_dtype(name, actual, dtype);
+  const DType actual = check_dtype(name, tensor.scalar_type(), dtype);
 
   std::vector<std::string> symbols;
   std::istringstream words(shape);

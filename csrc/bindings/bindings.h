@@ -45,7 +45,7 @@ class Arguments {
   void check_ids(const char* name, Tensor ids, int64_t limit) const;
 
  private:
-  void check_dtype(const char* name, DType dtype, const std::string& expected);
+  DType check_dtype(const char* name, at::ScalarType type, const std::string& expected);
   [[noreturn]] void wrong_shape(const char* name, const at::Tensor& tensor, const char* shape) const;
 
   struct Seen {

@@ -37,8 +37,9 @@ py::dict by_name(const Model& model, View view) {
 
 // A batch of ids as contiguous int32 (b,t); int64, torch's default, is converted.
 at::Tensor ids_argument(const char* name, const at::Tensor& ids) {
-  LLMC_CHECK(ids.dim() == 2 && ids.numel() > 0,
-             "%s must have shape (b,t) and not be empty, it has %" PRId64 " dimensions", name, ids.dim());
+  LLMC_CHECK(ids.dim() == 2, "%s must have shape (b,t), it has %" PRId64 " dimensions", name, ids.dim());
+  LLMC_CHECK(ids.numel() > 0, "%s must not be empty, its shape is (%" PRId64 ",%" PRId64 ")", name, ids.size(0),
+             ids.size(1));
   LLMC_CHECK(ids.is_cpu(), "%s must be in CPU memory", name);
   LLMC_CHECK(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong, "%s must be int32 or int64, it is %s",
              name, c10::toString(ids.scalar_type()));
@@ -58,6 +59,7 @@ void check_same_shape(const at::Tensor& tokens, const at::Tensor& targets) {
 }
 
 void backward(GPT2& model, const at::Tensor& targets, int64_t micro_step, int64_t accumulation_steps) {
+  LLMC_CHECK(model.batch() > 0, "backward needs a forward of its own first");
   const at::Tensor ids = ids_argument("targets", targets);
   LLMC_CHECK(ids.size(0) == model.batch() && ids.size(1) == model.seq(),
              "targets (%" PRId64 ",%" PRId64 ") must have the shape of the last forward's tokens (%" PRId64 ",%" PRId64
@@ -178,7 +180,9 @@ void register_model(py::module_& module) {
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
       "The memory of one rank before anything is allocated: a list of (name, lifetime, dtype, shape, offset, bytes).");
 
-  py::class_<GPT2, Model>(module, "GPT2", "GPT-2 with its training step; see csrc/gpt2/model.h.")
+  py::class_<GPT2, Model>(module, "GPT2",
+                          "GPT-2 with its training step; see csrc/gpt2/model.h. Parameters are 0 until init_random() "
+                          "or until they are written.")
       .def(py::init([](const GPT2Config& config, const Options& options) {
              py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
              return std::make_shared<GPT2>(config, options, make_cpu_ops(), std::make_unique<SingleProcess>());

@@ -226,6 +226,7 @@ float sum_of_squares(const std::vector<at::Tensor>& tensors) {
 }
 
 std::pair<float, float> clip_scale(float sum, float max_norm) {
+  LLMC_CHECK(max_norm > 0, "clip_scale: max_norm=%g must be positive", max_norm);
   float norm, scale;
   ops().clip_scale(scalar(&norm), scalar(&scale), scalar(&sum), max_norm);
   return {norm, scale};

@@ -58,12 +58,13 @@ const Isa kIsas[] = {
 }  // namespace
 
 std::unique_ptr<Ops> make_cpu_ops() {
-  const char* wanted = std::getenv("LLMC_CPU_ISA");
+  const char* value = std::getenv("LLMC_CPU_ISA");
+  const std::string wanted = value == nullptr ? "" : value;
   const Isa* choice = nullptr;
   for (const Isa& isa : kIsas) {
-    if (isa.runs_here() && (wanted == nullptr || isa.name == std::string(wanted))) choice = &isa;
+    if (isa.runs_here() && (wanted.empty() || isa.name == wanted)) choice = &isa;
   }
-  LLMC_CHECK(choice != nullptr, "LLMC_CPU_ISA=%s cannot run here: unset it or use one of: %s", wanted,
+  LLMC_CHECK(choice != nullptr, "LLMC_CPU_ISA=%s cannot run here: unset it or use one of: %s", wanted.c_str(),
              available_isas().c_str());
   return std::unique_ptr<Ops>(choice->create());
 }

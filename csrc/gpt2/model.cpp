@@ -30,8 +30,8 @@ void GPT2::allocate(Lifetime lifetime) {
 Tensor GPT2::buffer(const std::string& name) {
   const Buffer& found = plan_.buffer(name);
   char* memory = static_cast<char*>(memory_[int(found.lifetime)].get());
-  LLMC_CHECK(memory != nullptr, "%s are not allocated yet: %s exists after the first %s", name_of(found.lifetime),
-             name.c_str(), found.lifetime == Lifetime::Optimizer ? "update" : "backward");
+  LLMC_CHECK(memory != nullptr, "%s is not allocated yet, it exists after the first %s", name.c_str(),
+             found.lifetime == Lifetime::Optimizer ? "update" : "backward");
   Tensor tensor{memory + found.offset, found.dtype, int(found.shape.size()), {1, 1, 1, 1}};
   for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = found.shape[i];
   return tensor;
@@ -78,8 +78,8 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
   LLMC_CHECK(b >= 1 && b <= options_.batch_size && t >= 1 && t <= options_.seq_len,
              "a batch of %" PRId64 " x %" PRId64 " tokens does not fit the model's %" PRId64 " x %" PRId64, b, t,
              options_.batch_size, options_.seq_len);
-  check_ids("tokens", tokens, b, t);
   backward_allowed_ = logits_allowed_ = false;
+  check_ids("tokens", tokens, b, t);
   batch_ = b;
   seq_ = t;
   host_tokens_.assign(tokens, tokens + b * t);

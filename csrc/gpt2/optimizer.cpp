@@ -44,8 +44,10 @@ void GPT2::compute_grad_norm(float grad_clip) {
 
 void UpdateOptions::validate() const {
   LLMC_CHECK(step >= 1, "step is %ld, Adam's steps count from 1", long(step));
-  LLMC_CHECK(std::isfinite(learning_rate), "learning_rate is %g, it must be finite", learning_rate);
-  LLMC_CHECK(std::isfinite(weight_decay), "weight_decay is %g, it must be finite", weight_decay);
+  LLMC_CHECK(learning_rate >= 0 && std::isfinite(learning_rate), "learning_rate is %g, it must be 0 or more",
+             learning_rate);
+  LLMC_CHECK(weight_decay >= 0 && std::isfinite(weight_decay), "weight_decay is %g, it must be 0 or more",
+             weight_decay);
   LLMC_CHECK(beta1 >= 0 && beta1 < 1, "beta1 is %g, it must be in [0, 1)", beta1);
   LLMC_CHECK(beta2 >= 0 && beta2 < 1, "beta2 is %g, it must be in [0, 1)", beta2);
   LLMC_CHECK(eps > 0, "eps is %g, it must be positive", eps);

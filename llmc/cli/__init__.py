@@ -11,6 +11,8 @@ from llmc.errors import RunError, UsageError
 
 def run(program: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `main(arguments)`. Usage errors exit with status 2, failures at run time with 1, Ctrl-C with 130."""
+    if sys.stdout is None:  # closed by who started us, as daemons do
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample the terminal cannot show must not end a long run
     try:

@@ -92,7 +92,8 @@ def _fraction(value: str) -> float:
 
 def _text(arguments: argparse.Namespace) -> None:
     name = getattr(arguments, "name", Path(arguments.files[0]).stem)
-    if not name or "/" in name:
+    # Brackets and stars would not match themselves in the trainer's patterns.
+    if name in ("", ".", "..") or not name.isprintable() or any(character in "/*?[" for character in name):
         raise UsageError(f"--name {name!r} cannot begin file names: give a word such as novels")
     out = getattr(arguments, "out", f"dev/data/{name}")
     _report(prepare_text(arguments.files, arguments.encoding, out, name, arguments.val_fraction))

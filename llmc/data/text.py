@@ -71,7 +71,10 @@ def write_dataset(
         for split, tokens in (("train", train_tokens), ("val", val_tokens)):
             if len(tokens) == 0:
                 total = len(train_tokens) + len(val_tokens)
-                raise RunError(f"the {split} split of {name} is empty ({total} tokens in all): give more text")
+                raise RunError(
+                    f"the {split} split of {name} is empty ({total} tokens in all): "
+                    "give more text or another --val-fraction"
+                )
             for shard, part in enumerate(_even_parts(tokens, shard_tokens)):
                 file = f"{name}_{split}_{shard:06d}.bin"
                 write_shard(stage / file, part)
