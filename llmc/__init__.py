@@ -10,7 +10,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 # By default libgomp's threads spin for milliseconds at every barrier. On a busy machine, where the thread they wait for
-# has no processor, that slows small models a hundredfold; a short spin is as fast on an idle one. libgomp reads this
+# has no processor, that slowed small models fiftyfold; a short spin is as fast on an idle one. libgomp reads this
 # once, when torch loads it, so llmc must be imported before torch. OMP_WAIT_POLICY is the user's own choice of how long
 # to wait: GOMP_SPINCOUNT would override it.
 if "OMP_WAIT_POLICY" not in os.environ:
