@@ -23,6 +23,7 @@ from typing import Any
 from llmc import machine, models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
 import torch  # isort: skip
+import torch_peer
 import train_gpt2
 
 from llmc.cli import run
@@ -31,6 +32,7 @@ from llmc.errors import RunError, UsageError
 CASES = ["d12:4x64", "d12:1x1024", "chess:d8:4x256"]
 CONTENDERS = ["llmc", "eager", "compiled"]
 COLUMNS = ["date", "machine", "threads", "torch", "command", "case", "contender", "median_ms", "peak_mib"]
+LEARNING_RATE = 1e-4
 WARMUP_STEPS = 3  # allocations, compilation, first touches
 
 
@@ -131,7 +133,7 @@ def llmc_step(descriptor: str, tokens: torch.Tensor) -> Callable[[], float]:
         done += 1
         model.forward(x)
         model.backward(y)
-        model.update(lr=1e-4, weight_decay=0.1, step=done)
+        model.update(lr=LEARNING_RATE, weight_decay=0.1, step=done)
         return float(model.loss())
 
     return step
@@ -140,18 +142,10 @@ def llmc_step(descriptor: str, tokens: torch.Tensor) -> Callable[[], float]:
 def torch_step(descriptor: str, tokens: torch.Tensor, compiled: bool = False) -> Callable[[], float]:
     model, _ = train_gpt2.make_model(descriptor, flash=True)
     optimizer = train_gpt2.make_optimizer(model, weight_decay=0.1, fused=True, sharded=False)
-    forward = torch.compile(model) if compiled else model
+    if compiled:
+        model = torch.compile(model)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        _, loss = forward(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.item())
-
-    return step
+    return lambda: torch_peer.train_step(model, optimizer, x, y, LEARNING_RATE)
 
 
 def compiled_step(descriptor: str, tokens: torch.Tensor) -> Callable[[], float]:
@@ -179,8 +173,8 @@ def append(path: Path, case: str, rows: dict[str, tuple[list[float], float]]) ->
             machine_name = f"{machine.cpu_name()} {platform.machine()}"
             command = " ".join(["scripts/benchmark.py", *sys.argv[1:]])
             median = statistics.median(seconds) * 1e3
-            run = [time.strftime("%Y-%m-%d"), machine_name, torch.get_num_threads(), torch.__version__, command]
-            writer.writerow([*run, case, name, f"{median:.2f}", f"{memory:.0f}"])
+            measured = [time.strftime("%Y-%m-%d"), machine_name, torch.get_num_threads(), torch.__version__, command]
+            writer.writerow([*measured, case, name, f"{median:.2f}", f"{memory:.0f}"])
 
 
 if __name__ == "__main__":

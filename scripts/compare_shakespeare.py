@@ -32,6 +32,7 @@ import matplotlib  # isort: skip
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch_peer
 import train_gpt2
 
 from llmc.cli import run
@@ -66,8 +67,7 @@ def main(argv: list[str]) -> None:
     config = parse_args(shlex.split(Path("scripts/shakespeare.flags").read_text(), comments=True))
 
     curves = [run_quickstart()]
-    steps = curves[0].steps
-    config = replace(config, max_steps=steps, warmup_steps=steps // 20)
+    config = with_steps(config, curves[0].steps)
     curves.append(run_torch_twin(config, curves[0].seconds[-1]))
     curves.append(run_nanogpt(config))
     ours, theirs = same_steps(config)
@@ -104,22 +104,33 @@ def run_quickstart() -> Curve:
 
 def run_torch_twin(config: TrainConfig, seconds: float) -> Curve:
     """PyTorch with llmc's batches, for as many steps as fit into `seconds`."""
-    loader = DataLoader(config.train_data, config.batch_size, config.seq_len, shuffle=True)
-    batches = (loader.next_batch() for _ in itertools.count())
-
+    batches = shuffled_batches(config)
     model, optimizer = make_torch(config, betas=(0.9, 0.95))
     for batch in itertools.islice(batches, CALIBRATION_STEPS):  # threads, allocator, first touches
-        torch_step(model, optimizer, batch, 1e-5)
+        torch_peer.train_step(model, optimizer, *batch, 1e-5)
     started = time.perf_counter()
     for batch in itertools.islice(batches, CALIBRATION_STEPS):
-        torch_step(model, optimizer, batch, 1e-5)
+        torch_peer.train_step(model, optimizer, *batch, 1e-5)
     steps = int(seconds / (time.perf_counter() - started) * CALIBRATION_STEPS)
 
-    loader = DataLoader(config.train_data, config.batch_size, config.seq_len, shuffle=True)
-    batches = (loader.next_batch() for _ in itertools.count())
-    schedule = Schedule(config.scheduler, config.learning_rate, steps // 20, steps, config.final_lr_fraction)
+    config = with_steps(config, steps)
+    schedule = Schedule(config.scheduler, config.learning_rate, config.warmup_steps, steps, config.final_lr_fraction)
     model, optimizer = make_torch(config, betas=(0.9, 0.95))
+    batches = shuffled_batches(config)
     return train_torch("PyTorch, same model, batches and seconds", model, optimizer, batches, schedule, steps, config)
+
+
+def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
+    """The flags that scripts/quickstart.sh derives from the number of steps."""
+    return replace(config, max_steps=steps, warmup_steps=steps // 20)
+
+
+def shuffled_batches(config: TrainConfig) -> Iterator[Batch]:
+    """llmc's batches from the beginning, in torch's int64."""
+    loader = DataLoader(config.train_data, config.batch_size, config.seq_len, shuffle=True)
+    while True:
+        x, y = loader.next_batch()
+        yield x.long(), y.long()
 
 
 def run_nanogpt(config: TrainConfig) -> Curve:
@@ -156,18 +167,6 @@ def make_torch(config: TrainConfig, betas: tuple[float, float]) -> tuple[torch.n
     return model, optimizer
 
 
-def torch_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float) -> float:
-    x, y = batch
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    _, loss = model(x, y.long())
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return float(loss.item())
-
-
 def train_torch(
     name: str,
     model: torch.nn.Module,
@@ -186,7 +185,7 @@ def train_torch(
             print(f"{name}: step {step}/{steps}, {seconds:.0f} s, val loss {curve.losses[-1]:.4f}", flush=True)
         if step < steps:
             started = time.perf_counter()
-            torch_step(model, optimizer, next(batches), schedule(step))
+            torch_peer.train_step(model, optimizer, *next(batches), schedule(step))
             seconds += time.perf_counter() - started
     return curve
 
@@ -211,14 +210,13 @@ def same_steps(config: TrainConfig) -> tuple[list[float], list[float]]:
         for name, tensor in train_gpt2.named_tensors(model).items():
             tensor.copy_(prepared.model.parameters()[name][: tensor.shape[0]])
     ours, theirs = [], []
-    for step in range(SAME_STEPS):
-        batch = prepared.train_loader.next_batch()
+    for step, (x, y) in enumerate(itertools.islice(shuffled_batches(config), SAME_STEPS)):
         rate = float(prepared.schedule(step))
-        prepared.model.forward(batch[0])
-        prepared.model.backward(batch[1])
+        prepared.model.forward(x)
+        prepared.model.backward(y)
         prepared.model.update(rate, config.weight_decay, step + 1)
         ours.append(prepared.model.loss())
-        theirs.append(torch_step(model, optimizer, batch, rate))
+        theirs.append(torch_peer.train_step(model, optimizer, x, y, rate))
     return ours, theirs
 
 

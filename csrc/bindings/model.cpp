@@ -59,13 +59,8 @@ void check_same_shape(const at::Tensor& tokens, const at::Tensor& targets) {
 }
 
 void backward(GPT2& model, const at::Tensor& targets, int64_t micro_step, int64_t accumulation_steps) {
-  LLMC_CHECK(model.batch() > 0, "backward needs a forward of its own first");
   const at::Tensor ids = ids_argument("targets", targets);
-  LLMC_CHECK(ids.size(0) == model.batch() && ids.size(1) == model.seq(),
-             "targets (%" PRId64 ",%" PRId64 ") must have the shape of the last forward's tokens (%" PRId64 ",%" PRId64
-             ")",
-             ids.size(0), ids.size(1), model.batch(), model.seq());
-  model.backward(ids.const_data_ptr<int32_t>(), micro_step, accumulation_steps);
+  model.backward(ids.const_data_ptr<int32_t>(), ids.size(0), ids.size(1), micro_step, accumulation_steps);
 }
 
 at::Tensor evaluate(GPT2& model, const at::Tensor& tokens, const at::Tensor& targets) {
@@ -78,9 +73,7 @@ at::Tensor evaluate(GPT2& model, const at::Tensor& tokens, const at::Tensor& tar
 }
 
 at::Tensor logits(GPT2& model, int64_t begin, int64_t end) {
-  LLMC_CHECK(begin >= 0 && begin < end && end <= model.batch() * model.seq(),
-             "logits of rows [%" PRId64 ", %" PRId64 "): the last forward had %" PRId64 " rows", begin, end,
-             model.batch() * model.seq());
+  model.check_logits(begin, end);
   const at::Tensor out = at::empty({end - begin, model.config().vocab_size}, at::TensorOptions(at::kFloat));
   model.logits(begin, end, out.mutable_data_ptr<float>());
   return out;

@@ -168,11 +168,15 @@ void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, in
   ops_->download(losses, device_losses);
 }
 
-void GPT2::logits(int64_t begin, int64_t end, float* out) {
-  LLMC_CHECK(logits_allowed_, "logits need a forward of their own first");
+void GPT2::check_logits(int64_t begin, int64_t end) const {
   LLMC_CHECK(begin >= 0 && begin < end && end <= batch_ * seq_,
              "logits of rows [%" PRId64 ", %" PRId64 "): the last forward had %" PRId64 " rows", begin, end,
              batch_ * seq_);
+  LLMC_CHECK(logits_allowed_, "logits need a forward of their own first");
+}
+
+void GPT2::logits(int64_t begin, int64_t end, float* out) {
+  check_logits(begin, end);
   // The chunk shares its memory with scratch only, so a backward may still follow.
   const Tensor lnf = rows("lnf"), chunk = buffer("logits");
   const int64_t V = config_.vocab_size, Vp = config_.padded_vocab_size, chunk_rows = chunk.shape[0];
@@ -195,11 +199,15 @@ void GPT2::logits(int64_t begin, int64_t end, float* out) {
 
 // --- backward ----------------------------------------------------------------------------------------------------------
 
-void GPT2::backward(const int32_t* targets, int64_t micro_step, int64_t accumulation_steps) {
+void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_step, int64_t accumulation_steps) {
   LLMC_CHECK(backward_allowed_, "backward needs a forward of its own first");
+  LLMC_CHECK(b == batch_ && t == seq_,
+             "targets (%" PRId64 ",%" PRId64 ") must have the shape of the last forward's tokens (%" PRId64 ",%" PRId64
+             ")",
+             b, t, batch_, seq_);
   LLMC_CHECK(accumulation_steps >= 1 && micro_step >= 0 && micro_step < accumulation_steps,
              "micro_step is %" PRId64 " of %" PRId64 " accumulation steps", micro_step, accumulation_steps);
-  const int64_t N = batch_ * seq_;
+  const int64_t N = b * t;
   if (micro_step > 0) {
     LLMC_CHECK(micro_step == micro_steps_done_, "micro_step is %" PRId64 ", the next of this step is %" PRId64,
                micro_step, micro_steps_done_);
@@ -208,7 +216,7 @@ void GPT2::backward(const int32_t* targets, int64_t micro_step, int64_t accumula
                accumulation_steps_);
     LLMC_CHECK(N == loss_rows_, "a batch of %" PRId64 " tokens in a step of batches of %" PRId64, N, loss_rows_);
   }
-  check_ids("targets", targets, batch_, seq_);
+  check_ids("targets", targets, b, t);
   ops_->upload(rows("targets"), targets);
   allocate(Lifetime::Gradients);
   backward_allowed_ = gradients_complete_ = sum_of_squares_ready_ = false;

@@ -54,10 +54,10 @@ class GPT2 {
   // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
   void forward(const int32_t* tokens, int64_t b, int64_t t);
 
-  // Loss and gradients of the last forward against targets (b,t). The first of the accumulation_steps micro-steps
+  // Loss and gradients of the last forward against targets (b,t), which must be that forward's shape. The first of the accumulation_steps micro-steps
   // (micro_step 0) zeroes losses and gradients first, the last one averages gradients and loss over the ranks.
   // The loss is the mean over all micro-steps of the step.
-  void backward(const int32_t* targets, int64_t micro_step, int64_t accumulation_steps);
+  void backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_step, int64_t accumulation_steps);
 
   // Per-token losses (b,t) of tokens against targets, to the host. Leaves gradients and the training loss alone.
   void evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses);
@@ -65,6 +65,9 @@ class GPT2 {
   // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host. Not after an
   // update, nor at recompute 2 after a backward: what they are computed from is gone.
   void logits(int64_t begin, int64_t end, float* out);
+
+  // Throws what logits(begin, end, out) would throw, for callers that have yet to allocate out.
+  void check_logits(int64_t begin, int64_t end) const;
 
   // One optimizer step with the gradients of the last backward.
   void update(const UpdateOptions& options);
@@ -77,10 +80,6 @@ class GPT2 {
   // State of the random stream that seeds stochastic rounding: one draw per micro-step, 16 per update.
   uint64_t rng_state() const { return rng_.state; }
   void set_rng_state(uint64_t state) { rng_.state = state; }
-
-  // b, t of the last forward; 0 before the first.
-  int64_t batch() const { return batch_; }
-  int64_t seq() const { return seq_; }
 
   // Views for looking inside; they stay valid as long as the model. Optimizer views are this rank's shard.
   Tensor parameter(const ParameterTensor& tensor);
@@ -129,7 +128,7 @@ class GPT2 {
   std::array<std::unique_ptr<void, FreeMemory>, kNumLifetimes> memory_;
 
   XorShift64 rng_{13371337};
-  int64_t batch_ = 0, seq_ = 0;        // b, t of the last forward
+  int64_t batch_ = 0, seq_ = 0;        // b, t of the last forward; 0 before the first
   int64_t loss_rows_ = 0;              // b·t of the current step's micro-batches
   int64_t micro_steps_done_ = 0;       // of the current step
   int64_t accumulation_steps_ = 0;     // of the current step

@@ -1,5 +1,6 @@
 // The second half of the step: reduce gradients over the ranks, clip, update the rank's shard unit by unit.
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 
 #include "core/check.h"
@@ -43,7 +44,7 @@ void GPT2::compute_grad_norm(float grad_clip) {
 }
 
 void UpdateOptions::validate() const {
-  LLMC_CHECK(step >= 1, "step is %ld, Adam's steps count from 1", long(step));
+  LLMC_CHECK(step >= 1, "step is %" PRId64 ", Adam's steps count from 1", step);
   LLMC_CHECK(learning_rate >= 0 && std::isfinite(learning_rate), "learning_rate is %g, it must be 0 or more",
              learning_rate);
   LLMC_CHECK(weight_decay >= 0 && std::isfinite(weight_decay), "weight_decay is %g, it must be 0 or more",
