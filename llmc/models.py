@@ -2,8 +2,8 @@
 
 import re
 
-from llmc.checkpoint import ModelShape
 from llmc.errors import UsageError
+from llmc.model_file import ModelShape
 
 GPT2_VOCAB_SIZE = 50257
 CHESS_VOCAB_SIZE = 72

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc import models
-from llmc.checkpoint import FileDtype, ModelShape, load_model, read_model_header
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
 from llmc.errors import RunError, UsageError
 from llmc.machine import memory_bytes
+from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header
 from llmc.schedule import Schedule
 from llmc.tokenizer import Tokenizer, dataset_tokenizer, working_directory_tokenizer
 

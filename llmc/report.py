@@ -1,8 +1,8 @@
 """What the trainer says before the first step: the table of settings and the sizes in memory."""
 
-from llmc.checkpoint import ITEM_BYTES
 from llmc.logger import Row, table
 from llmc.machine import cpu_name, memory_bytes
+from llmc.model_file import ITEM_BYTES
 from llmc.prepare import Run, bytes_by_lifetime
 
 MIB = 2**20

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from llmc import checkpoint
+from llmc import debug_state, model_file
 from llmc.cli import run
 from llmc.errors import RunError, UsageError
 from llmc.tokenizer import gpt2, write_tokenizer
@@ -247,8 +247,8 @@ def padded(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     return {**tensors, "wte": F.pad(tensors["wte"], (0, 0, 0, config.padded_vocab_size - config.vocab_size))}
 
 
-def shape_of(config: GPTConfig) -> checkpoint.ModelShape:
-    return checkpoint.ModelShape(
+def shape_of(config: GPTConfig) -> model_file.ModelShape:
+    return model_file.ModelShape(
         max_seq_len=config.max_seq_len,
         vocab_size=config.vocab_size,
         padded_vocab_size=config.padded_vocab_size,
@@ -293,10 +293,10 @@ def load_model_file(path: str, flash: bool = False) -> GPT:
     return model
 
 
-def write_model(path: str | Path, model: GPT, dtype: checkpoint.FileDtype) -> None:
+def write_model(path: str | Path, model: GPT, dtype: model_file.FileDtype) -> None:
     """Write a model file with fp32 or bf16 values."""
     tensors = padded(named_tensors(model), model.config)
-    checkpoint.save_model(path, shape_of(model.config), dtype, tensors)
+    model_file.save_model(path, shape_of(model.config), dtype, tensors)
 
 
 def write_debug_state(path: str | Path, model: GPT, x: Tensor, y: Tensor) -> None:
@@ -305,7 +305,7 @@ def write_debug_state(path: str | Path, model: GPT, x: Tensor, y: Tensor) -> Non
     logits, loss = model(x, y)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in named_tensors(model).items()}
-    checkpoint.write_debug_state(path, x, y, logits, loss.item(), padded(gradients, model.config))
+    debug_state.write_debug_state(path, x, y, logits, loss.item(), padded(gradients, model.config))
     model.zero_grad()
 
 

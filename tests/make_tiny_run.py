@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from llmc import _C
-from llmc.checkpoint import ModelShape, save_model
 from llmc.data.shards import write_shard
+from llmc.model_file import ModelShape, save_model
 
 SHAPE = ModelShape(
     max_seq_len=1024, vocab_size=72, padded_vocab_size=128, num_layers=1, num_heads=1, channels=16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ops_testing import round_stochastically
 
-from llmc import _C, checkpoint
+from llmc import _C, debug_state, model_file
 
 # (maxT, V, L, NH, C, B, T): odd batches, lengths below the context, vocabularies that are no multiple of anything.
 SMALL = [
@@ -108,10 +108,10 @@ def test_debug_state(reference, tmp_path, case):
     reference.write_model(tmp_path / "model.bin", torch_model, "fp32")
     reference.write_debug_state(tmp_path / "debug.bin", torch_model, x, y)
 
-    file_shape, _ = checkpoint.read_model_header(tmp_path / "model.bin")
-    state = checkpoint.read_debug_state(tmp_path / "debug.bin", file_shape)
+    file_shape, _ = model_file.read_model_header(tmp_path / "model.bin")
+    state = debug_state.read_debug_state(tmp_path / "debug.bin", file_shape)
     model = build(case, recompute=0)
-    checkpoint.load_model(tmp_path / "model.bin", model.parameters())
+    model_file.load_model(tmp_path / "model.bin", model.parameters())
     model.forward(torch.from_numpy(state.x))
     logits = model.logits(0, B * T).view(B, T, -1)
     model.backward(torch.from_numpy(state.y))
@@ -378,7 +378,7 @@ def test_rounding_of_the_update_follows_the_element():
     state = 13371337
     _, state = _C.random.xorshift64(state)  # of the embedding's backward
     seeds = {}
-    for kind, _ in checkpoint.ModelShape(64, 257, 384, 3, 3, 72).tensors():
+    for kind, _ in model_file.ModelShape(64, 257, 384, 3, 3, 72).tensors():
         seeds[kind], state = _C.random.xorshift64(state)
     master = model.optimizer_state("master")
     for name, parameter in model.parameters().items():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llmc.checkpoint import ModelShape
 from llmc.errors import UsageError
+from llmc.model_file import ModelShape
 from llmc.models import resolve
 
 GPT2 = [  # depth, channels, heads, parameters

@@ -10,10 +10,10 @@ import torch
 import llmc.prepare
 import llmc.train
 from llmc import cli
-from llmc.checkpoint import ModelShape, save_model
 from llmc.cli.train import _main as command
 from llmc.data.loader import DataLoader
 from llmc.errors import UsageError
+from llmc.model_file import ModelShape, save_model
 
 V = 65
 BASE = (

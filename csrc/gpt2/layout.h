@@ -2,7 +2,7 @@
 //
 // Parameters are kept layer-major in units: unit 0 = wte, wpe; unit 1 + l = the 12 tensors of block l; the last unit =
 // lnfw, lnfb. A unit is what a collective moves and a shard cuts: it is padded so that it splits evenly over the ranks.
-// (Model files are tensor-major: only llmc/checkpoint.py knows both orders.)
+// (Model files are tensor-major: only llmc/model_file.py knows both orders.)
 #pragma once
 
 #include <array>

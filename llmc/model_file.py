@@ -1,4 +1,4 @@
-"""Model files (.bin versions 3 and 5) and the debug state of the PyTorch reference.
+"""Model files (.bin, version 3 in fp32 and 5 in bf16).
 
 Files hold each kind of tensor for all layers together (tensor-major). The program holds all tensors of a layer together
 and names them "wte", "wpe", "h0.ln1w", ..., "h0.fcprojb", "h1.ln1w", ..., "lnfw", "lnfb". Only this module knows both.
@@ -14,7 +14,6 @@ import numpy as np
 
 from llmc.binfile import (
     HEADER_BYTES,
-    MAGIC_DEBUG_STATE,
     MAGIC_MODEL,
     atomic_write,
     check_size,
@@ -31,7 +30,6 @@ FileDtype = Literal["fp32", "bf16"]
 
 VERSIONS: dict[FileDtype, int] = {"fp32": 3, "bf16": 5}
 ITEM_BYTES: dict[FileDtype, int] = {"fp32": 4, "bf16": 2}
-DEBUG_STATE_VERSION = 2
 
 BLOCK_TENSORS = (
     *("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb"),
@@ -90,17 +88,6 @@ class ModelShape:
             (name, shapes[name] if name in shapes else shapes[name.split(".")[1]][1:])
             for name in file_order(self.num_layers)
         ]
-
-
-@dataclass(frozen=True)
-class DebugState:
-    """One fp32 forward and backward pass of the PyTorch reference. Arrays are views of the file."""
-
-    x: np.ndarray  # (B, T) int32
-    y: np.ndarray  # (B, T) int32
-    logits: np.ndarray  # (B, T, V) fp32
-    loss: float  # mean over B and T
-    gradients: dict[str, np.ndarray]  # fp32, of the mean loss, unclipped; "wte" is (Vp, C)
 
 
 def read_model_header(path: PathLike) -> tuple[ModelShape, FileDtype]:
@@ -186,54 +173,6 @@ def save_model(path: PathLike, shape: ModelShape, dtype: FileDtype, parameters: 
                 write_array(file, parameter, torch.float32)
             else:
                 write_array(file, parameter.to(torch.bfloat16).view(torch.int16), torch.int16)
-
-
-def write_debug_state(
-    path: PathLike,
-    x: "torch.Tensor",
-    y: "torch.Tensor",
-    logits: "torch.Tensor",
-    loss: float,
-    gradients: Mapping[str, "torch.Tensor"],
-) -> None:
-    """Write the debug state `path` in one piece.
-
-    x, y: tokens and targets (B, T); logits: (B, T, V) without padding; loss: the mean;
-    gradients: names and shapes of `ModelShape.parameters`, with "wte" padded to (Vp, C).
-    """
-    import torch
-
-    B, T = x.shape
-    num_layers = sum(name.endswith(".ln1w") for name in gradients)
-    with atomic_write(path) as file:
-        write_header(file, {0: MAGIC_DEBUG_STATE, 1: DEBUG_STATE_VERSION, 2: B, 3: T})
-        write_array(file, x, torch.int32)
-        write_array(file, y, torch.int32)
-        write_array(file, logits, torch.float32)
-        file.write(np.float32(loss).tobytes())
-        for name in file_order(num_layers):
-            write_array(file, gradients[name], torch.float32)
-
-
-def read_debug_state(path: PathLike, shape: ModelShape) -> DebugState:
-    """Map the debug state `path` of a model of `shape`. Raises RunError for a bad file or one of another model."""
-    header = read_header(path, MAGIC_DEBUG_STATE, (DEBUG_STATE_VERSION,))
-    B, T = int(header[2]), int(header[3])
-    if B <= 0 or not 0 < T <= shape.max_seq_len:
-        raise RunError(
-            f"{path} does not fit the model: its header says B = {B}, T = {T}; "
-            f"B must be positive and T from 1 to {shape.max_seq_len}"
-        )
-    sizes = {"x": (B, T), "y": (B, T), "logits": (B, T, shape.vocab_size), "loss": (1,), **dict(shape.parameters())}
-    values = sum(math.prod(size) for size in sizes.values())
-    contents = f"B = {B}, T = {T}, for a model of V = {shape.vocab_size} and {shape.num_parameters} parameters"
-    check_size(path, HEADER_BYTES + 4 * values, contents)
-    data: np.ndarray = np.memmap(path, "<f4", "c", HEADER_BYTES)
-    arrays = {}
-    for name, size in sizes.items():
-        arrays[name], data = data[: math.prod(size)].reshape(size), data[math.prod(size) :]
-    x, y, logits, loss = (arrays.pop(name) for name in ("x", "y", "logits", "loss"))
-    return DebugState(x.view("<i4"), y.view("<i4"), logits, float(loss[0]), arrays)
 
 
 def write_array(file: BinaryIO, tensor: "torch.Tensor", dtype: "torch.dtype") -> None:

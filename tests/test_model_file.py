@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmc.checkpoint import (
+from llmc.debug_state import read_debug_state, write_debug_state
+from llmc.errors import RunError
+from llmc.model_file import (
     ModelShape,
     load_model,
-    read_debug_state,
     read_model_header,
     save_model,
-    write_debug_state,
 )
-from llmc.errors import RunError
 
 SHAPE = ModelShape(max_seq_len=5, vocab_size=7, padded_vocab_size=9, num_layers=3, num_heads=2, channels=4)
 SLOTS = {"maxT": 5, "V": 7, "L": 3, "NH": 2, "C": 4, "Vp": 9}  # 2 to 7 of the header
@@ -108,7 +107,7 @@ def test_header(tmp_path: Path, version: int, dtype: str) -> None:
 def test_header_is_read_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(model_bytes(random_values(1), 3))
-    program = "import sys; sys.modules['torch'] = None; from llmc.checkpoint import read_model_header as r; "
+    program = "import sys; sys.modules['torch'] = None; from llmc.model_file import read_model_header as r; "
     output = subprocess.run(
         [sys.executable, "-c", program + f"print(r({str(path)!r})[0].num_parameters)"],
         capture_output=True,
