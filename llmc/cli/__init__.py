@@ -1,10 +1,12 @@
 """One thin module per console script; this one turns failures into a clear line and an exit status."""
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from llmc.errors import RunError, UsageError
 
@@ -54,3 +56,10 @@ def fail(program: str, message: object, status: int) -> None:
     sys.stdout.flush()
     print(f"{program}: error: {str(message) or type(message).__name__}", file=sys.stderr)
     sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")

@@ -5,6 +5,8 @@ B*T of it. Unshuffled, samples are read shard after shard. Shuffled, every epoch
 shard permutes its samples; each rank draws from its own generator, seeded `seed + rank`.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -12,12 +14,24 @@ from llmc.data.shards import find_shards, read_shard
 from llmc.errors import RunError
 
 
+@dataclass(frozen=True)
+class LoaderState:
+    """Where a loader stands: what a resumed run needs to read on from the next sample."""
+
+    shuffle: bool
+    shard_index: int  # of the open shard in shard_order
+    next_sample: int  # in sample_order
+    shard_order: np.ndarray  # (number of shards,) int32; empty unless shuffled, like the following two
+    sample_order: np.ndarray  # (samples of the open shard,) int32
+    generator: np.ndarray  # (624,) uint32, state of the Mersenne Twister
+    position: int  # of the next number in that state, 624: a new state is due
+
+
 class DataLoader:
     """Endless batches from the shards that match a glob pattern.
 
     B rows of T tokens per batch and rank. `vocab_size`, where given, is checked against every token that is read.
-    `num_tokens` counts all tokens of all `num_shards` shards. Position: `shard_order` and `shard_index` into it,
-    `sample_order` of the open shard and `next_sample` into it, and the state of `generator`.
+    `num_tokens` counts all tokens of all `num_shards` shards.
     RunError: no match, a bad shard, a shard too small for one sample.
     """
 
@@ -51,7 +65,7 @@ class DataLoader:
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, int32 (B, T); the targets are the inputs one token further on."""
-        if self.next_sample == len(self.sample_order):
+        if self.next_sample == self.num_samples:
             if self.shard_index + 1 == self.num_shards:
                 self.reset()
             else:
@@ -65,12 +79,59 @@ class DataLoader:
         inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:].copy())
         return inputs.view(self.B, self.T), targets.view(self.B, self.T)
 
+    def state(self) -> LoaderState:
+        twister = self.generator.state["state"]
+        end = None if self.shuffle else 0
+        return LoaderState(
+            shuffle=self.shuffle,
+            shard_index=self.shard_index,
+            next_sample=self.next_sample,
+            shard_order=self.shard_order[:end].astype(np.int32),
+            sample_order=self.sample_order[:end].astype(np.int32),
+            generator=twister["key"].copy(),
+            position=twister["pos"],
+        )
+
+    def load_state(self, state: LoaderState, source: str) -> None:
+        """Go on where the loader of `state` stood. RunError, naming `source`, if it read other data or batches."""
+        if state.shuffle != self.shuffle:
+            raise RunError(f"{source} is of a run with -a {int(not state.shuffle)}: resume it with that")
+        if state.shuffle and sorted(state.shard_order) != list(range(self.num_shards)):
+            raise RunError(
+                f"{source} is of a run over {len(state.shard_order)} shards, now there are {self.num_shards}: "
+                "resume it with the same data -i"
+            )
+        if not 0 <= state.shard_index < self.num_shards:
+            raise RunError(
+                f"{source} is of a run over other data: it stands in shard {state.shard_index} of {self.num_shards}"
+            )
+        if state.shuffle:
+            self.shard_order = state.shard_order.astype(np.int64)
+        self._open(state.shard_index)  # the permutation it draws is replaced below
+        path, capacity = self.path, self.num_samples
+        if state.shuffle and sorted(state.sample_order) != list(range(capacity)):
+            raise RunError(
+                f"{source} is of a run that read {len(state.sample_order)} batches from {path}, now it has {capacity}: "
+                "resume it with the same data -i, -b and -t"
+            )
+        if not 0 <= state.next_sample <= capacity:
+            raise RunError(f"{source} stands at batch {state.next_sample} of {path}, which has {capacity}")
+        if state.shuffle:
+            self.sample_order = state.sample_order.astype(np.int64)
+            self.generator.state = {
+                "bit_generator": "MT19937",
+                "state": {"key": state.generator, "pos": state.position},
+            }
+        self.next_sample = state.next_sample
+
     def _open(self, shard_index: int) -> None:
         self.shard_index = shard_index
         self.path = self.paths[self.shard_order[shard_index]]
         self.tokens = read_shard(self.path)
-        num_samples = (len(self.tokens) - 1) // (self.world_size * self.B * self.T)
-        self.sample_order = permutation(self.generator, num_samples) if self.shuffle else np.arange(num_samples)
+        self.num_samples = (len(self.tokens) - 1) // (self.world_size * self.B * self.T)
+        self.sample_order = (
+            permutation(self.generator, self.num_samples) if self.shuffle else np.arange(self.num_samples)
+        )
         self.next_sample = 0
 
     def _check_size(self, shard: int) -> int:
