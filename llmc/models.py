@@ -32,6 +32,7 @@ GPT3_SIZES = {  # channels: (layers, head size)
     12288: (96, 128),
 }
 
+FILE_FAMILIES = {"": "gpt2", "gpt2": "gpt2", "gpt3": "gpt3", "chess": "chessGPT"}  # in llm.c's names of files
 VOCAB_MULTIPLE = 128
 HEAD_SIZE_MULTIPLE = 8
 MAX_HEAD_SIZE = 128
@@ -103,3 +104,12 @@ def custom(descriptor: str, vocab_size_of_data: int | None) -> ModelShape:
             f"it must be a multiple of {HEAD_SIZE_MULTIPLE} up to {MAX_HEAD_SIZE}"
         )
     return shape(sizes["t"], vocab_size, sizes["l"], NH, C)
+
+
+def file_stem(descriptor: str, shape: ModelShape) -> str:
+    """How the name of a file of that model starts: gpt2_d12, chessGPT_d8, custom_l4_c128_h4_t64_v65."""
+    family, _, size = descriptor.rpartition(":")
+    if family == "custom":
+        C, NH = shape.channels, shape.num_heads
+        return f"custom_l{shape.num_layers}_c{C}_h{NH}_t{shape.max_seq_len}_v{shape.vocab_size}"
+    return f"{FILE_FAMILIES[family]}_{size}"

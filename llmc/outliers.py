@@ -2,17 +2,19 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
 WINDOW = 128
+MAX_Z = math.sqrt(WINDOW - 1)  # of the newest value, when all others are equal
 
 
 class OutlierDetector:
-    """Z-scores over a sliding window of 128 values, the newest one included (so |z| never exceeds the root of 127)."""
+    """Z-scores over a sliding window of 128 values, the newest one included (so |z| is MAX_Z at most)."""
 
-    def __init__(self) -> None:
-        self.window: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, window: Iterable[float] = ()) -> None:
+        self.window: deque[float] = deque(window, maxlen=WINDOW)  # oldest first
 
     def update(self, value: float) -> float:
         """Take in `value` and return its z-score: NaN until 128 earlier values are there, 0 if all are equal."""

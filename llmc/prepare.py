@@ -1,27 +1,36 @@
 """From the flags to a model and its data: every check is made here, before anything on the disk changes."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc import models
+from llmc import models, snapshot
+from llmc.build import (
+    Buffer,
+    bytes_by_lifetime,
+    core_config,
+    core_options,
+    is_file,
+    memory_plan,
+    model_shape,
+    precision_of,
+)
+from llmc.checkpoint import Checkpoint, newest
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
 from llmc.errors import RunError, UsageError
+from llmc.launch import check_single_process
 from llmc.machine import memory_bytes
 from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header
+from llmc.outliers import OutlierDetector
+from llmc.output_dir import check_output_dir
 from llmc.schedule import Schedule
+from llmc.state_file import TrainState
 from llmc.tokenizer import Tokenizer, dataset_tokenizer, working_directory_tokenizer
 
 if TYPE_CHECKING:
     from llmc import _C
-
-Buffer = tuple[str, str, str, tuple[int, ...], int, int]  # name, lifetime, dtype, shape, offset, bytes
-
-INIT_SEED = 42  # of the weights of a descriptor
-WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Run:
     shape: ModelShape
     model: "_C.GPT2"
     buffers: list[Buffer]  # of the memory plan
-    precision: FileDtype
+    precision: FileDtype  # of parameters and activations
     train_pattern: str
     train_loader: DataLoader
     val_loader: DataLoader
@@ -41,6 +50,14 @@ class Run:
     num_steps: int
     val_batches: int
     schedule: Schedule
+    loss_outliers: OutlierDetector
+    norm_outliers: OutlierDetector
+    resumed: TrainState | None  # what the run goes on from
+    peak_flops: float  # of the device, per second
+
+    @property
+    def start_step(self) -> int:
+        return self.resumed.step if self.resumed else 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -62,27 +79,33 @@ class Run:
 
 def prepare(config: TrainConfig) -> Run:
     """Check everything that can be checked before the first step, and build what the steps need."""
+    from llmc import _C
+
+    check_supported(config)
     B, T = config.batch_size, config.seq_len
     accumulation_steps = config.accumulation_steps(world_size=1)
-    precision: FileDtype = "bf16" if config.precision == "bf16" else "fp32"
-    if precision == "fp32" and not config.master_weights:
-        raise UsageError("-w 0 has no effect in fp32, where parameters are their own master copy: drop it")
+    precision = precision_of(config)
 
     train_pattern = config.val_data if config.overfit_one_batch else config.train_data
-    stored_shape = stored_model_shape(config) if is_file(config.model) else None
     tokenizers = [dataset_tokenizer(find_shards(pattern)[0]) for pattern in (train_pattern, config.val_data)]
-    tokenizer = tokenizers[0] or tokenizers[1]
-    shape = stored_shape or models.resolve(config.model, tokenizer.vocab_size if tokenizer else None)
+    tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else tokenizers[0] or tokenizers[1]
+    vocab_size = tokenizer.vocab_size if tokenizer else None
+    checkpoint = newest(Path(config.output_dir)) if config.resume else None
+    if checkpoint:
+        shape, _ = read_model_header(checkpoint.model)
+        check_same_model(config, checkpoint, shape, vocab_size)
+    else:
+        shape = model_shape(config, vocab_size)
     if shape.max_seq_len < T:
         raise UsageError(
             f"-t {T} is longer than the context of the model {config.model}: use -t {shape.max_seq_len} or less"
         )
-    for known in filter(None, tokenizers):
+    for known in filter(None, [*tokenizers, tokenizer]):
         check_vocabulary(config.model, shape, known)
     check_same_tokens(*tokenizers)
 
     shuffle = not config.overfit_one_batch
-    train_loader = DataLoader(train_pattern, B, T, shuffle=shuffle, vocab_size=shape.vocab_size)
+    train_loader = DataLoader(train_pattern, B, T, shuffle=shuffle, seed=config.seed, vocab_size=shape.vocab_size)
     val_loader = DataLoader(config.val_data, B, T, vocab_size=shape.vocab_size)
     num_steps = config.max_steps
     if num_steps == -1:
@@ -96,8 +119,26 @@ def prepare(config: TrainConfig) -> Run:
     schedule = Schedule(
         config.scheduler, config.learning_rate, config.warmup_steps, num_steps, config.final_lr_fraction
     )
+    state = snapshot.read(checkpoint, shape, config, precision) if checkpoint else None
+    if checkpoint and state:
+        if state.step > num_steps:
+            raise UsageError(
+                f"-x: the newest checkpoint in -o {config.output_dir} is at step {state.step}, the run would end at "
+                f"step {num_steps}: raise -x, or begin a new run with another -o"
+            )
+        train_loader.load_state(state.loader, str(checkpoint.state))
     check_output_dir(config.output_dir)
-    model, buffers = build_model(config, shape, precision)
+
+    sizes, options = core_config(config, shape), core_options(config, precision)
+    buffers = memory_plan(sizes, options)
+    check_memory(buffers)
+    model = _C.GPT2(sizes, options)
+    if checkpoint and state:
+        snapshot.restore(checkpoint, state, shape, precision, model)
+    elif is_file(config.model):
+        load_model(config.model, model.parameters())
+    else:
+        model.init_random(config.seed)
     return Run(
         config=config,
         shape=shape,
@@ -112,37 +153,11 @@ def prepare(config: TrainConfig) -> Run:
         num_steps=num_steps,
         val_batches=val_batches,
         schedule=schedule,
+        loss_outliers=OutlierDetector(state.loss_window if state else ()),
+        norm_outliers=OutlierDetector(state.norm_window if state else ()),
+        resumed=state,
+        peak_flops=_C.peak_flops(),
     )
-
-
-def check_output_dir(directory: str) -> None:
-    """Find out before a large model is built, not after it, that nothing can be written; '' stands for no directory."""
-    path = Path(directory)
-    if not directory:
-        return
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise RunError(f"-o {path}: {existing} is not a directory; choose another output directory")
-    if not os.access(existing, os.W_OK | os.X_OK) or (path / "main.log").is_dir():
-        raise RunError(f"-o {path}: {path / 'main.log'} cannot be written; choose another output directory")
-
-
-def is_file(model: str) -> bool:
-    """True if -e names a file, False if it is a descriptor."""
-    return model.endswith(".bin")
-
-
-def stored_model_shape(config: TrainConfig) -> ModelShape:
-    path = Path(config.model)
-    if path.exists() or path.name not in WELL_KNOWN_FILES:
-        return read_model_header(path)[0]
-    message = f"-e {path}: there is no such file; to train this model from scratch use -e {WELL_KNOWN_FILES[path.name]}"
-    if path.name == "gpt2_124M_bf16.bin":
-        message += (
-            "; to make the file from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 "
-            f"--num_iterations 0 --input_bin '{config.train_data}' (needs the transformers package and the network)"
-        )
-    raise RunError(message)
 
 
 def check_vocabulary(model: str, shape: ModelShape, tokenizer: Tokenizer) -> None:
@@ -166,40 +181,34 @@ def check_same_tokens(train: Tokenizer | None, val: Tokenizer | None) -> None:
         )
 
 
-def build_model(config: TrainConfig, shape: ModelShape, precision: FileDtype) -> tuple["_C.GPT2", list[Buffer]]:
-    """The model with its weights, and its memory plan."""
-    from llmc import _C
+def check_supported(config: TrainConfig) -> None:
+    """Refuse what other versions can do, rather than ignore it."""
+    check_single_process(config)
+    if config.device == "cuda":
+        raise UsageError("--device cuda: this version has no CUDA backend; use --device cpu (or --dry-run)")
+    if config.log_gpu_every > 0:
+        raise UsageError(f"-lg {config.log_gpu_every} needs a GPU, this run is on the CPU: drop it")
+    if config.hellaswag:
+        raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
 
-    try:
-        core_config = _C.GPT2Config(**asdict(shape))
-    except _C.Error as error:
-        raise RunError(f"-e {config.model}: {error}") from error
-    options = _C.Options(
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        precision=precision,
-        recompute=config.recompute,
-        gelu_fusion=2,  # costs nothing on the CPU: the same bits, fewer passes over memory
-        master_weights=config.master_weights,
-    )
-    buffers = _C.plan(core_config, options)
+
+def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelShape, vocab_size: int | None) -> None:
+    """-e is not needed to resume; but where it says something it must be true."""
+    if is_file(config.model) and not Path(config.model).exists():
+        return
+    wanted = model_shape(config, vocab_size)
+    if wanted != shape:
+        fields = [name for name, size in asdict(shape).items() if size != asdict(wanted)[name]]
+        raise RunError(
+            f"{checkpoint.model} is not the model -e {config.model}: its {fields[0]} is {asdict(shape)[fields[0]]}, "
+            f"not {asdict(wanted)[fields[0]]}; give the -e of that run, or begin a new one with another -o"
+        )
+
+
+def check_memory(buffers: list[Buffer]) -> None:
     needed, available = sum(bytes_by_lifetime(buffers).values()), memory_bytes()
     if needed > available:
         raise RunError(
             f"the run needs {needed // 2**20} MiB of memory, this machine has {available // 2**20} MiB: "
-            "lower -b or -t, raise -r, or use a smaller model"
+            "lower -b or -t, raise -r, or use a smaller model (--dry-run shows what would fit)"
         )
-    model = _C.GPT2(core_config, options)
-    if is_file(config.model):
-        load_model(config.model, model.parameters())
-    else:
-        model.init_random(INIT_SEED)
-    return model, buffers
-
-
-def bytes_by_lifetime(buffers: list[Buffer]) -> dict[str, int]:
-    """Bytes of each allocation. Buffers may share memory, so it is the last end that counts."""
-    ends: dict[str, int] = {}
-    for _, lifetime, _, _, offset, size in buffers:
-        ends[lifetime] = max(ends.get(lifetime, 0), offset + size)
-    return ends

@@ -1,9 +1,10 @@
 """What the trainer says before the first step: the table of settings and the sizes in memory."""
 
+from llmc.build import bytes_by_lifetime
 from llmc.logger import Row, table
 from llmc.machine import cpu_name, memory_bytes
 from llmc.model_file import ITEM_BYTES
-from llmc.prepare import Run, bytes_by_lifetime
+from llmc.prepare import Run
 
 MIB = 2**20
 
@@ -14,8 +15,8 @@ def parameter_table(run: Run) -> str:
         ("train data pattern", run.train_pattern),
         ("val data pattern", config.val_data),
         ("output log dir", config.output_dir or "NULL"),
-        ("checkpoint_every", 0),
-        ("resume", 0),
+        ("checkpoint_every", config.checkpoint_every),
+        ("resume", int(config.resume)),
         ("micro batch size B", config.batch_size),
         ("sequence length T", config.seq_len),
         ("total batch size", run.tokens_per_step),
@@ -24,8 +25,8 @@ def parameter_table(run: Run) -> str:
         ("warmup iterations", config.warmup_steps),
         ("final LR fraction", f"{config.final_lr_fraction:e}"),
         ("weight decay", f"{config.weight_decay:e}"),
-        ("skip update lossz", f"{0:f}"),
-        ("skip update gradz", f"{0:f}"),
+        ("skip update lossz", f"{config.skip_loss_z:f}"),
+        ("skip update gradz", f"{config.skip_norm_z:f}"),
         ("max_steps", config.max_steps),
         ("val_loss_every", config.val_every),
         ("val_max_steps", config.val_max_batches),
@@ -36,9 +37,13 @@ def parameter_table(run: Run) -> str:
         ("gelu_fusion", run.model.options.gelu_fusion),
         ("recompute", config.recompute),
     ]
-    device: list[Row] = [("device", cpu_name()), ("peak TFlops", "n/a"), ("precision", run.precision.upper())]
+    device: list[Row] = [
+        ("device", cpu_name()),
+        ("peak TFlops", f"{run.peak_flops / 1e12:.1f}"),
+        ("precision", run.precision.upper()),
+    ]
     model: list[Row] = [
-        ("weight init method", config.model),
+        ("weight init method", "intermediate checkpoint" if run.resumed else config.model),
         ("max_sequence_length T", shape.max_seq_len),
         ("vocab_size V", shape.vocab_size),
         ("padded_vocab_size Vp", shape.padded_vocab_size),
@@ -48,19 +53,27 @@ def parameter_table(run: Run) -> str:
         ("num_parameters", shape.num_parameters),
     ]
     batches: list[Row] = [("train_num_batches", run.num_steps), ("val_num_batches", run.val_batches)]
-    processes: list[Row] = ["Zero Optimization is disabled", ("num_processes", 1), ("zero_stage", 0)]
+    alone = f": -z {config.zero_stage} has nothing to cut over one process" if config.zero_stage else ""
+    processes: list[Row] = [f"Zero Optimization is disabled{alone}", ("num_processes", 1), ("zero_stage", 0)]
     return table([settings, device, model, batches, [("run hellaswag", "no")], processes])
 
 
 def batch_report(run: Run) -> str:
     """The plain lines below the table: warnings, size of the model, and how a step's batch is cut."""
-    shape, B, T = run.shape, run.config.batch_size, run.config.seq_len
+    config, shape = run.config, run.shape
+    B, T = config.batch_size, config.seq_len
     lines = []
     if not run.tokenizer:
         lines += warning(f"no tokenizer beside {run.train_pattern}: samples are printed as token numbers")
     if shape.max_seq_len > T:
         lines += warning(
             f"sequence length {T} is below the model's context {shape.max_seq_len}: later positions do not train"
+        )
+    if run.resumed and run.resumed.has_master and run.precision == "bf16" and not config.master_weights:
+        lines += warning("-w 0: the master weights of the checkpoint are left aside")
+    if config.resume:
+        lines.append(
+            f"resuming at step {run.start_step}" if run.resumed else f"no checkpoint in {config.output_dir}: a new run"
         )
     lines += [
         f"num_parameters: {shape.num_parameters} => bytes: {shape.num_parameters * ITEM_BYTES[run.precision]}",
@@ -75,7 +88,7 @@ def memory_report(run: Run) -> str:
     """The lines after those: sizes of the other allocations, and what would still fit."""
     B = run.config.batch_size
     lifetimes = bytes_by_lifetime(run.buffers)
-    optimizer = {name: size for name, lifetime, _, _, _, size in run.buffers if lifetime == "optimizer"}
+    optimizer = {buffer.name: buffer.bytes for buffer in run.buffers if buffer.lifetime == "optimizer"}
     used, memory = sum(lifetimes.values()), memory_bytes()
     per_sequence = lifetimes["activations"] // B
     lines = [

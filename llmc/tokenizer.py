@@ -79,6 +79,12 @@ class Tokenizer:
         return tokens
 
 
+def tokenizer_bytes(token_bytes: list[bytes], end_of_text: int) -> bytes:
+    """The content of a version 2 tokenizer file."""
+    slots = {0: binfile.MAGIC_TOKENIZER, 1: 2, 2: len(token_bytes), 3: end_of_text}
+    return binfile.header_bytes(slots) + b"".join(bytes([len(token)]) + token for token in token_bytes)
+
+
 def write_tokenizer(path: str | os.PathLike[str], token_bytes: list[bytes], end_of_text: int) -> None:
     """Write a version 2 tokenizer file, atomically. RunError for a token of no or more than 255 bytes."""
     if not 0 <= end_of_text < len(token_bytes):
@@ -87,8 +93,14 @@ def write_tokenizer(path: str | os.PathLike[str], token_bytes: list[bytes], end_
         if not 1 <= len(token) <= 255:
             raise RunError(f"cannot write {path}: token {id} has {len(token)} bytes, the format takes 1 to 255")
     with binfile.atomic_write(path) as file:
-        binfile.write_header(file, {0: binfile.MAGIC_TOKENIZER, 1: 2, 2: len(token_bytes), 3: end_of_text})
-        file.write(b"".join(bytes([len(token)]) + token for token in token_bytes))
+        file.write(tokenizer_bytes(token_bytes, end_of_text))
+
+
+def chess_token_bytes() -> list[bytes]:
+    """The 72 tokens of the chess models: special ones, squares with the file running fastest, promotions."""
+    special = ["<|pad|>", "<|startoftext|>", END_OF_TEXT, "<|unknown|>"]
+    squares = [file + rank for rank in "12345678" for file in "abcdefgh"]
+    return [token.encode() for token in (*special, *squares, *"QBRN")]
 
 
 def dataset_tokenizer(shard: Path) -> Tokenizer | None:

@@ -2,12 +2,15 @@
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from llmc import snapshot
+from llmc.checkpoint import Checkpoint, prune
 from llmc.config import TrainConfig
 from llmc.errors import RunError
 from llmc.logger import Logger, StepReport, Throughput
-from llmc.outliers import OutlierDetector
+from llmc.output_dir import open_output_dir
 from llmc.prepare import Run, prepare
 from llmc.report import batch_report, memory_report, parameter_table
 from llmc.sample import print_sample
@@ -16,19 +19,20 @@ from llmc.sample import print_sample
 def train(config: TrainConfig) -> None:
     """Train as `config` says. Raises UsageError or RunError; those of the preparation leave the disk as it was."""
     run = prepare(config)
-    model = run.model
     print(parameter_table(run), batch_report(run), sep="\n", flush=True)
-    logger = Logger(Path(config.output_dir) if config.output_dir else None)
+    output_dir = open_output_dir(config)
+    logger = Logger(output_dir, append=config.resume)
     print(memory_report(run), flush=True)
-    loss_outliers, norm_outliers = OutlierDetector(), OutlierDetector()
-    throughput = Throughput(run.tokens_per_step, run.flops_per_token, peak_flops=None)
+    throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops)
 
-    for step in range(run.num_steps + 1):
+    for step in range(run.start_step, run.num_steps + 1):
         last = step == run.num_steps
-        if last or (config.val_every > 0 and step % config.val_every == 0):
+        if last or due(step, config.val_every, also_at_0=True):
             logger.validation(step, validate(run, step))
-        if config.sample_every > 0 and (last or (step > 0 and step % config.sample_every == 0)):
-            print_sample(model, config.seq_len, config.sample_length, run.start_token, run.tokenizer)
+        if config.sample_every > 0 and (last or due(step, config.sample_every)):
+            print_sample(run.model, config.seq_len, config.sample_length, run.start_token, run.tokenizer)
+        if output_dir and config.checkpoint_every > 0 and (last or due(step, config.checkpoint_every)):
+            write_checkpoint(run, output_dir, step)
         if last:
             break
 
@@ -37,23 +41,22 @@ def train(config: TrainConfig) -> None:
             run.train_loader.reset()
         for micro_step in range(run.accumulation_steps):
             inputs, targets = run.train_loader.next_batch()
-            model.forward(inputs)
-            model.backward(targets, micro_step, run.accumulation_steps)
+            run.model.forward(inputs)
+            run.model.backward(targets, micro_step, run.accumulation_steps)
         learning_rate = run.schedule(step)
-        model.update(learning_rate, config.weight_decay, step + 1)
-        loss, grad_norm = model.loss(), model.grad_norm()
+        result = update(run, step, learning_rate)
         seconds = time.perf_counter() - started
 
-        check_finite(config, "loss", loss, step)
-        check_finite(config, "gradient norm", grad_norm, step)
+        check_finite(config, "loss", result.loss, step)
+        check_finite(config, "gradient norm", result.grad_norm, step)
         tokens_per_second = throughput.update(seconds)
         report = StepReport(
             step=step,
             num_steps=run.num_steps,
-            loss=loss,
-            loss_z=loss_outliers.update(loss),
-            grad_norm=grad_norm,
-            grad_norm_z=norm_outliers.update(grad_norm),
+            loss=result.loss,
+            loss_z=result.loss_z,
+            grad_norm=result.grad_norm,
+            grad_norm_z=result.grad_norm_z,
             learning_rate=learning_rate,
             seconds=seconds,
             mfu=throughput.mfu(seconds),
@@ -64,6 +67,55 @@ def train(config: TrainConfig) -> None:
 
     if throughput.steps > 0:
         print(f"total average iteration time: {throughput.average_ms():f} ms")
+
+
+def due(step: int, every: int, also_at_0: bool = False) -> bool:
+    return every > 0 and step % every == 0 and (step > 0 or also_at_0)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and gradient norm of a step, and how unusual they are."""
+
+    loss: float
+    loss_z: float
+    grad_norm: float  # before clipping
+    grad_norm_z: float
+
+
+def measure(run: Run) -> StepResult:
+    loss, grad_norm = run.model.loss(), run.model.grad_norm()
+    return StepResult(loss, run.loss_outliers.update(loss), grad_norm, run.norm_outliers.update(grad_norm))
+
+
+def update(run: Run, step: int, learning_rate: float) -> StepResult:
+    """Update the parameters, unless an outlier forbids it; a skipped step counts like any other."""
+    config = run.config
+    result = None
+    if config.skip_loss_z > 0 or config.skip_norm_z > 0:  # only then must the host wait for the device here
+        result = measure(run)
+        for name, z, limit in (
+            ("loss", result.loss_z, config.skip_loss_z),
+            ("grad", result.grad_norm_z, config.skip_norm_z),
+        ):
+            if 0 < limit < z:  # not while z is NaN
+                print(f"skipping update due to {name} z-score of {z:f}")
+                return result
+    run.model.update(learning_rate, config.weight_decay, step + 1)
+    return result or measure(run)
+
+
+def write_checkpoint(run: Run, directory: Path, step: int) -> None:
+    """Save the run as it is before `step`, then delete what -nk does not keep."""
+    config = run.config
+    if run.resumed and step == run.resumed.step:
+        return  # it came from there
+    checkpoint = Checkpoint(directory, step)
+    snapshot.save(
+        checkpoint, run.shape, run.precision, run.model, run.train_loader, run.loss_outliers, run.norm_outliers
+    )
+    for deleted in prune(directory, step, config.keep_checkpoints, config.major_every):
+        print(f"Deleting checkpoint at step {deleted}")
 
 
 def validate(run: Run, step: int) -> float:

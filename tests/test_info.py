@@ -78,3 +78,8 @@ def test_arguments(capsys):
         cli.run("llmc-info", _main, ["-x"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "llmc-info: error: unknown argument -x: llmc-info takes none\n"
+
+
+def test_gpus_come_with_their_peaks():
+    assert info.gpu("NVIDIA A100-SXM4-80GB") == "NVIDIA A100-SXM4-80GB (peak bf16 311.9 TFLOP/s, TF32 155.9 TFLOP/s)"
+    assert info.gpu("Voodoo 2") == "Voodoo 2 (peak bf16 n/a, TF32 n/a)"

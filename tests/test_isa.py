@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmc import _C
 
@@ -21,6 +23,7 @@ from ops_testing import F32, assert_within, normal
 from llmc import _C
 
 print(_C.build_info()["cpu"])
+assert _C.peak_flops() > 1e9  # two SSE operations of four lanes a cycle are 24e9 at 3 GHz
 for dtype in (torch.float32, torch.bfloat16):
     x, weight, bias = normal((37, 200), dtype, 1), normal((200,), dtype, 2), normal((200,), dtype, 3)
     x64, w64, b64 = x.double(), weight.double(), bias.double()
@@ -61,6 +64,24 @@ def test_every_instruction_set(isa: str) -> None:
     result = run(isa, PROGRAM)
     assert result.returncode == 0, result.stderr
     assert f"({isa}," in result.stdout
+
+
+def matmul_flops() -> float:
+    """The best rate of torch's fp32 matrix product of 1024 x 1024."""
+    a = torch.randn(1024, 1024)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        a @ a
+        return time.perf_counter() - start
+
+    return 2 * 1024**3 / min(seconds() for _ in range(5))
+
+
+def test_peak_flops_bounds_a_matrix_product() -> None:
+    """No product is faster than multiply-adds in registers; 0.8 since other work on the machine slows either down."""
+    peak, product = _C.peak_flops(), matmul_flops()
+    assert 0.8 * product <= peak <= 100 * product
 
 
 def test_the_widest_instruction_set_is_the_default() -> None:

@@ -403,6 +403,95 @@ def test_gradients_are_clipped_at_the_given_norm(grad_clip):
         torch.testing.assert_close(m, expected, rtol=1e-5, atol=1e-12)
 
 
+def three_steps():
+    """A bf16 model with master weights after three updates."""
+    model = build(SMALL[2], precision="bf16")
+    for step in (1, 2, 3):
+        train_step(model, *batch(SMALL[2], seed=step), step)
+    return model
+
+
+def test_restored_parameters_are_those_of_the_last_update():
+    model = three_steps()
+    before = bits(model)["parameters"]
+
+    def restore():
+        for parameter in model.parameters().values():
+            parameter.zero_()
+        model.restore_parameters()
+
+    state = model.rng_state
+    restore()
+    assert_same_bits({"parameters": before}, bits(model))
+    assert model.rng_state == state
+    x, y = batch(SMALL[2], seed=9)
+    model.forward(x)
+    model.backward(y)
+    assert model.rng_state != state
+    restore()
+    assert_same_bits({"parameters": before}, bits(model))
+    with pytest.raises(_C.Error, match="logits need a forward"):  # the last one saw other parameters
+        model.logits(0, 1)
+
+
+def test_restored_parameters_follow_the_formula():
+    """bf16 of any master weights: 16 seeds from last_update_rng_state, the one of fcw is the eleventh."""
+    model = build(SMALL[2], precision="bf16")
+    model.start_optimizer()
+    master = model.optimizer_state("master")["h1.fcw"]
+    master.normal_(generator=torch.Generator().manual_seed(3))
+    model.last_update_rng_state = state = 987654321
+    for _ in range(11):
+        seed, state = _C.random.xorshift64(state)
+    model.restore_parameters()
+    i = torch.arange(master.numel())
+    expected = round_stochastically(master.flatten(), i % 512, 512 * (i // 512) + 1, seed)
+    assert torch.equal(model.parameters()["h1.fcw"].flatten(), expected)
+    assert model.rng_state == 13371337
+
+
+def test_a_model_goes_on_from_its_optimizer_state():
+    """m, v, master and the two random states are all of a bf16 model."""
+    first = three_steps()
+    second = build(SMALL[2], precision="bf16")
+    second.init_random(seed=1)
+    second.start_optimizer()
+    for name in ("m", "v", "master"):
+        theirs = first.optimizer_state(name)
+        for tensor, state in second.optimizer_state(name).items():
+            state.copy_(theirs[tensor])
+    second.rng_state, second.last_update_rng_state = first.rng_state, first.last_update_rng_state
+    second.restore_parameters()
+    for step in (4, 5):
+        for model in (first, second):
+            train_step(model, *batch(SMALL[2], seed=step), step)
+        assert_same_bits(bits(first), bits(second))
+
+
+def test_start_optimizer():
+    model = build(SMALL[1], precision="bf16")
+    with pytest.raises(_C.Error, match="m is not allocated yet, it exists after start_optimizer or the first update"):
+        model.optimizer_state("m")
+    model.start_optimizer()
+    for name, parameter in model.parameters().items():
+        assert torch.equal(model.optimizer_state("master")[name], parameter.float())
+        assert not model.optimizer_state("m")[name].any()
+        assert not model.optimizer_state("v")[name].any()
+    for name in ("m", "master"):
+        model.optimizer_state(name)["wte"].fill_(0.5)
+    model.start_optimizer()  # does nothing to a state that is there
+    for name in ("m", "master"):
+        assert (model.optimizer_state(name)["wte"] == 0.5).all()
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16", "master_weights": False}], ids=str)
+def test_without_master_weights_nothing_is_restored(options):
+    model = build(SMALL[1], **options)
+    model.start_optimizer()
+    with pytest.raises(_C.Error, match="restored from master weights, and this model has none"):
+        model.restore_parameters()
+
+
 def test_rows_of_the_embedding_are_visited_by_token():
     case = SMALL[3]
     x, y = batch(case)
@@ -416,10 +505,11 @@ def test_rng_state_counts_the_draws():
     """One draw per micro-step and 16 per update, from xorshift64* at 13371337."""
     case = SMALL[1]
     model = build(case)
-    assert model.rng_state == 13371337
+    assert model.rng_state == model.last_update_rng_state == 13371337
     train_step(model, *batch(case))
-    state = 13371337
-    for _ in range(17):
+    _, state = _C.random.xorshift64(13371337)
+    assert model.last_update_rng_state == state
+    for _ in range(16):
         _, state = _C.random.xorshift64(state)
     assert model.rng_state == state
 
@@ -509,7 +599,10 @@ def test_impossible_configs(change, message):
         ({"gelu_fusion": -1}, "gelu_fusion is -1"),
         ({"precision": "fp16"}, "the dtype is fp16"),
         ({"grad_dtype": "bf16"}, "must be fp32"),
-        ({"zero_stage": 2}, "zero_stage is 2"),
+        ({"zero_stage": 4}, "zero_stage is 4, it must be 0, 1, 2 or 3"),
+        ({"zero_stage": -1}, "zero_stage is -1"),
+        ({"zero_stage": 2}, r"ZeRO stage 2 is planned \(plan\(\)\) but cannot run yet: use 0 or 1"),
+        ({"zero_stage": 3}, "ZeRO stage 3 is planned"),
         ({"batch_size": 2**62}, "must fit in 31 bits"),
     ],
 )

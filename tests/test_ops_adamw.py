@@ -75,6 +75,36 @@ def test_rounding_is_a_function_of_the_index(layer: int, first: int, grad_dtype:
     assert same_bits(param, round_stochastically(master, index % 512, 512 * (index // 512) + layer, seed))
 
 
+@pytest.mark.parametrize(("layer", "first"), [(0, 0), (3, 0), (11, 1), (2, 511), (5, 1000003)])
+@pytest.mark.parametrize("n", SIZES)
+def test_round_parameters(n: int, layer: int, first: int) -> None:
+    """The formula, and what an update that changes nothing leaves in param."""
+    place = {"seed": 0xDEADBEEF, "layer": layer, "first": first}
+    master = normal((n,), torch.float32, 1, scale=0.02)
+    before = master.clone()
+    rounded, updated = (torch.full((n,), 7.0, dtype=torch.bfloat16) for _ in range(2))
+    _C.ops.round_parameters(rounded, master, **place)
+    index = torch.arange(first, first + n)
+    assert same_bits(rounded, round_stochastically(master, index % 512, 512 * (index // 512) + layer, place["seed"]))
+
+    m, v, grad = torch.zeros(n), torch.zeros(n), normal((n,), torch.bfloat16, 2)
+    still = {**HYPER, "lr": 0.0, "weight_decay": 0.0, "t": 1, "grad_scale": 1.0}
+    _C.ops.adamw(updated, grad, m, v, master, **still, **place)
+    assert same_bits(master, before)
+    assert same_bits(rounded, updated)
+
+
+def test_round_parameters_copies_to_fp32() -> None:
+    master, param = normal((1543,), torch.float32, 1), torch.zeros(1543)
+    _C.ops.round_parameters(param, master, seed=1)
+    assert same_bits(param, master)
+
+
+def test_round_parameters_refuses_negative_indices() -> None:
+    with pytest.raises(_C.Error, match="round_parameters: layer=0 and first=-1 must not be negative"):
+        _C.ops.round_parameters(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2), first=-1)
+
+
 def test_slices_equal_the_whole() -> None:
     n = 2000
     whole = [normal((n,), torch.bfloat16, 1), normal((n,), torch.float32, 2), torch.zeros(n), torch.zeros(n)]

@@ -1,5 +1,6 @@
 """llmc-train from end to end on a tiny model and data written by hand: what each flag changes, and what is refused."""
 
+import functools
 import re
 import struct
 
@@ -22,7 +23,7 @@ BASE = (
 NUMBER = r"[-+]?(?:[0-9.]+(?:e[-+][0-9]+)?|nan)"
 STEP_LINE = re.compile(
     rf"step +(?P<step>\d+)/(?P<steps>\d+) \| loss +(?P<loss>{NUMBER}) \({NUMBER}z\)"
-    rf"\| norm +(?P<norm>{NUMBER}) \({NUMBER}z\)\| lr (?P<lr>{NUMBER}) \| {NUMBER} ms \| n/a bf16 MFU "
+    rf"\| norm +(?P<norm>{NUMBER}) \({NUMBER}z\)\| lr (?P<lr>{NUMBER}) \| {NUMBER} ms \| {NUMBER}% bf16 MFU "
     rf"\| \d+ tok/s \| (?P<percent>{NUMBER})% done \| \d+:\d\d:\d\d left"
 )
 
@@ -329,6 +330,84 @@ def test_precision_and_master_weights(train):
     assert bf16.column("loss") == pytest.approx(fp32.column("loss"), rel=1e-2)
 
 
+def test_gradient_dtype(train):
+    flags = ("", "--grad-dtype bf16", "--grad-dtype fp32")
+    results = [train(f"-d 128 -x 4 --precision bf16 {flag}") for flag in flags]
+    dtypes = [result.run.model.gradients()["wte"].dtype for result in results]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    losses = [result.column("loss") for result in results]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-2)  # bf16 keeps three digits
+
+
+def test_gelu_fusion(train):
+    """The CPU has all three, to the same bits; by default the fastest."""
+    results = [train(f"-ge {level}") for level in (-1, 0, 1, 2)]
+    assert [result.row("gelu_fusion") for result in results] == ["2", "0", "1", "2"]
+    assert [result.run.model.options.gelu_fusion for result in results] == [2, 0, 1, 2]
+    assert len({tuple(result.column("loss")) for result in results}) == 1
+
+
+def test_seed(train):
+    """Weights and the order of the data."""
+    default, same, other = train(), train("--seed 42"), train("--seed 7")
+    assert default.column("loss") == same.column("loss") != other.column("loss")
+    fresh = {seed: train(f"-x 0 --seed {seed}").run for seed in (42, 7)}
+    assert not torch.equal(fresh[42].model.parameters()["wte"], fresh[7].model.parameters()["wte"])
+    batch = DataLoader("data/t_train_*.bin", 2, 16, shuffle=True, seed=7).next_batch()
+    assert other.column("loss")[0] == pytest.approx(mean_loss(fresh[7].model, [batch]), abs=1e-5)
+
+
+def test_tokenizer_flag(train, directory):
+    (directory / "other.bin").write_bytes(header(20240328, 2, V, 0) + V * b"\x01x")
+    assert train("-x 0 -s 1 --tokenizer other.bin").samples == ["xxxxxxx"]
+
+
+def test_tf32_is_no_matter_for_a_cpu(train):
+    assert train("-f 0").column("loss") == train("-f 1").column("loss")
+
+
+def test_zero_with_one_process(train):
+    """The command line of a cluster also works alone: there is nothing to cut."""
+    plain, sharded = train(), train("-z 2")
+    assert "Zero Optimization is disabled: -z 2 has nothing to cut over one process" in sharded.out
+    assert sharded.row("zero_stage") == "0"
+    assert plain.column("loss") == sharded.column("loss")
+
+
+def test_throughput_against_the_measured_peak(train):
+    result = train()
+    assert float(result.row("peak TFlops")) == pytest.approx(result.run.peak_flops / 1e12, abs=0.051)
+    N, L, C, T = result.run.shape.num_parameters, 2, 32, 16
+    ms = [float(re.search(r"\| ([0-9.]+) ms \|", line)[1]) for line in result.lines if line.startswith("step")]
+    mfu = [float(re.search(r"\| ([0-9.]+)% bf16 MFU", line)[1]) for line in result.lines if line.startswith("step")]
+    for milliseconds, percent in zip(ms, mfu, strict=True):
+        flops = (6 * N + 6 * L * C * T) * 32
+        # Milliseconds have two digits after the point, percent one.
+        assert percent == pytest.approx(100 * flops / (milliseconds / 1000) / result.run.peak_flops, rel=0.05, abs=0.06)
+
+
+@pytest.mark.parametrize(("flag", "name"), [("-sl", "loss"), ("-sg", "grad")])
+def test_outlier_updates_are_skipped(train, directory, monkeypatch, flag, name):
+    """Data that turns from one token to noise: both z-scores jump at the first noisy batch, whose update is skipped."""
+    write_shard(directory / "data" / "spike.bin", [5] * (32 * 140) + text(3, 32 * 20))
+    monkeypatch.setattr(llmc.prepare, "DataLoader", functools.partial(in_order, DataLoader))
+    plain, skipping = train("-i data/spike.bin -x 150 -l 1e-2"), train(f"-i data/spike.bin -x 150 -l 1e-2 {flag} 6")
+    assert "skipping" not in plain.out
+    values = re.findall(rf"^skipping update due to {name} z-score of (\d+\.\d{{6}})$", skipping.out, re.MULTILINE)
+    assert values and all(6 < float(value) <= 11.27 for value in values)
+    assert skipping.out.count("skipping") == len(values)
+    # The last of the 140 batches ends in the first noisy token. Nothing differs up to its loss; its update is skipped,
+    # but the step counts and is reported like others.
+    assert len(skipping.steps) == 150
+    assert plain.column("loss")[:140] == skipping.column("loss")[:140]
+    assert plain.column("loss")[140] != skipping.column("loss")[140]
+
+
+def in_order(loader, pattern, B, T, **options):
+    return loader(pattern, B, T, **{**options, "shuffle": False})
+
+
 def test_a_loss_that_is_no_number_ends_the_run(train, directory, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run("llmc-train", lambda argv: train("-l 1e30 -x 20"))
@@ -414,7 +493,17 @@ REFUSED = [  # flags, exit status, what the message must contain
         "file from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 --num_iterations 0 "
         "--input_bin 'data/t_train_*.bin' (needs the transformers package and the network)",
     ),
-    ("-e no/chessGPT_d8_bf16.bin", 1, "use -e chess:d8"),
+    ("-e no/chessGPT_d8_bf16.bin", 1, "make it, with random weights: llmc-init chess:d8 --out no/chessGPT_d8_bf16.bin"),
+    ("-e chessGPT_d8_bf16.bin", 1, "there is no such file; make it, with random weights: llmc-init chess:d8"),
+    ("--device cuda", 2, "--device cuda: this version has no CUDA backend; use --device cpu"),
+    ("-lg 10", 2, "-lg 10 needs a GPU, this run is on the CPU: drop it"),
+    ("-h 1", 2, "-h 1: this version has no HellaSwag evaluation; drop it"),
+    ("-pn 2", 2, "-pn 2 has no effect with -pm mpi"),
+    ("-pn 2 -pm fs", 2, "-pn 2: this version trains in one process; use -pn 1"),
+    ("--grad-dtype bf16", 2, "--grad-dtype bf16 needs --precision bf16"),
+    ("--tokenizer no.bin", 1, "cannot read tokenizer no.bin"),
+    ("--tokenizer data/t_val_0.bin", 1, "data/t_val_0.bin is not a tokenizer: it is a token shard"),
+    ("--config no.toml", 1, "--config no.toml cannot be read: No such file or directory"),
     ("-j other/t_val_*.bin", 1, "have different tokens (data/tokenizer.bin and other/tokenizer.bin): give"),
     ("-e other.bin", 1, "cannot read model checkpoint other.bin: No such file or directory"),
     ("-e data/t_val_0.bin", 1, "data/t_val_0.bin is not a model checkpoint: it is a token shard"),
@@ -464,7 +553,7 @@ def test_a_model_larger_than_the_memory(capsys, directory):
 @pytest.mark.parametrize("obstacle", ["file", "file below", "log is a directory"])
 def test_unusable_output_directory(capsys, directory, monkeypatch, obstacle):
     """Found before the model is built, which may take minutes."""
-    monkeypatch.setattr(llmc.prepare, "build_model", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(llmc.prepare, "memory_plan", lambda *_: pytest.fail("the model was planned"))
     if obstacle == "log is a directory":
         (directory / "out" / "main.log").mkdir(parents=True)
     else:

@@ -199,12 +199,17 @@ void register_model(py::module_& module) {
       .def("evaluate", &evaluate, no_gil, "tokens"_a, "targets"_a, "Per-token losses, fp32 (b,t), without gradients.")
       .def("logits", &logits, no_gil, "begin"_a, "end"_a,
            "Logits, fp32 (end - begin, V), of rows [begin, end) of the last forward's (b*t) rows.")
+      .def("start_optimizer", &GPT2::start_optimizer, no_gil,
+           "Allocate the optimizer state if it is not there: m = v = 0, master = the parameters.")
+      .def("restore_parameters", &GPT2::restore_parameters, no_gil,
+           "Parameters = master weights, rounded as the last update rounded them (see last_update_rng_state).")
       .def("update", &update, no_gil, "lr"_a, "weight_decay"_a, "step"_a, "beta1"_a = 0.9f, "beta2"_a = 0.95f,
            "eps"_a = 1e-8f, "grad_clip"_a = 1.0f, "Clip the gradient norm and do one AdamW step; step counts from 1.")
       .def("loss", &GPT2::loss, no_gil, "Mean loss over the micro-steps (and ranks) of the last complete backward.")
       .def("grad_norm", &GPT2::grad_norm, no_gil,
            "Global gradient norm of the last complete backward, before clipping.")
       .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)
+      .def_property("last_update_rng_state", &GPT2::last_update_rng_state, &GPT2::set_last_update_rng_state)
       .def(
           "parameters",
           [](const Model& self) {
@@ -218,11 +223,13 @@ void register_model(py::module_& module) {
           },
           "Views of the gradients by name; they exist after the first backward.")
       .def("optimizer_state", &optimizer_state, "name"_a,
-           "Views of this rank's part of m, v or master by parameter name; they exist after the first update.")
+           "Views of this rank's part of m, v or master by parameter name; they exist after start_optimizer() or the "
+           "first update.")
       .def(
           "buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
-      .def("memory", &memory, "Bytes by lifetime.");
+      .def("memory", &memory, "Bytes of the plan by lifetime; each lifetime is allocated when it is first needed.")
+      .def("allocated_bytes", &GPT2::allocated_bytes, "Bytes that the model holds now.");
 }
 
 }  // namespace llmc::bindings

@@ -21,6 +21,9 @@ void register_build_info(py::module_& module) {
         return info;
       },
       "What this build of the core is made of.");
+  module.def(
+      "peak_flops", [] { return make_cpu_ops()->peak_flops(); }, py::call_guard<py::gil_scoped_release>(),
+      "fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms.");
 }
 
 }  // namespace llmc::bindings

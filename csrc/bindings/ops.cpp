@@ -194,6 +194,11 @@ void fused_classifier(TensorArg logits, TensorArg losses, TensorArg targets, int
   ops().fused_classifier(logits_, losses_, targets_, vocab_size, dloss, write_dlogits);
 }
 
+void check_element(const char* operation, int64_t layer, int64_t first) {
+  LLMC_CHECK(layer >= 0 && first >= 0, "%s: layer=%" PRId64 " and first=%" PRId64 " must not be negative", operation,
+             layer, first);
+}
+
 void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTensorArg master, float lr, float beta1,
            float beta2, float eps, float weight_decay, int64_t t, float grad_scale, uint32_t seed, int64_t layer,
            int64_t first) {
@@ -201,8 +206,7 @@ void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTe
   LLMC_CHECK(t >= 1, "adamw: t=%" PRId64 ", steps are counted from 1", t);
   LLMC_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "adamw: beta1=%g and beta2=%g must be in [0, 1)",
              beta1, beta2);
-  LLMC_CHECK(layer >= 0 && first >= 0, "adamw: layer=%" PRId64 " and first=%" PRId64 " must not be negative", layer,
-             first);
+  check_element("adamw", layer, first);
   AdamWSlice slice;
   slice.param = a.out("param", param, "X", "N");
   slice.grad = a.in("grad", grad, "G", "N");
@@ -214,6 +218,18 @@ void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTe
   slice.layer = layer;
   slice.first = first;
   ops().adamw(&slice, 1, AdamWStep{lr, beta1, beta2, eps, t, scalar(&grad_scale)});
+}
+
+void round_parameters(TensorArg param, TensorArg master, uint32_t seed, int64_t layer, int64_t first) {
+  Arguments a("round_parameters");
+  check_element("round_parameters", layer, first);
+  AdamWSlice slice;
+  slice.master = a.in("master", master, "f32", "N");
+  slice.param = a.out("param", param, "X", "N");
+  slice.seed = seed;
+  slice.layer = layer;
+  slice.first = first;
+  ops().round_parameters(&slice, 1);
 }
 
 float sum_of_squares(const std::vector<at::Tensor>& tensors) {
@@ -288,6 +304,8 @@ void register_ops(py::module_& module) {
   m.def("adamw", &adamw, no_gil, "param"_a, "grad"_a, "m"_a, "v"_a, "master"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "weight_decay"_a, "t"_a, "grad_scale"_a, "seed"_a = 0, "layer"_a = 0, "first"_a = 0,
         "One AdamW step of one tensor; bf16 parameters are rounded stochastically");
+  m.def("round_parameters", &round_parameters, no_gil, "param"_a, "master"_a, "seed"_a = 0, "layer"_a = 0,
+        "first"_a = 0, "param = fp32 master, rounded exactly as adamw rounds it");
   m.def("sum_of_squares", &sum_of_squares, no_gil, "tensors"_a, "Sum of squares over a list of tensors");
   m.def("clip_scale", &clip_scale, no_gil, "sum"_a, "max_norm"_a, "(norm, scale) of a sum of squares");
   m.def("cast", &cast, no_gil, "out"_a, "x"_a, "out = x, between fp32 and bf16");

@@ -49,12 +49,33 @@ void update(const AdamWSlice& slice, int64_t begin, int64_t end, const Step step
   }
 }
 
+// Elements [begin, end) of the slice: param = master.
+template <typename X>
+void round(const AdamWSlice& slice, int64_t begin, int64_t end) {
+  X* param = slice.param.as<X>();
+  const float* master = slice.master.as<float>();
+  const uint32_t first = uint32_t(slice.first), layer = uint32_t(slice.layer), seed = slice.seed;
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) store_rounded(&param[i], master[i], first + uint32_t(i), layer, seed);
+}
+
+// Calls work(slice, begin, end) for chunks of elements of all slices, in parallel.
+template <typename F>
+void for_each_chunk(const AdamWSlice* slices, int64_t count, F work) {
+  int64_t elements = 0;
+  for (int64_t s = 0; s < count; s++) elements += slices[s].param.numel();
+#pragma omp parallel if (elements >= kParallelWork)
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t n = slices[s].param.numel();
+#pragma omp for schedule(static) nowait
+    for (int64_t begin = 0; begin < n; begin += kChunk) work(slices[s], begin, begin + kChunk < n ? begin + kChunk : n);
+  }
+}
+
 }  // namespace
 
 void CpuOps::adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) {
-  int64_t elements = 0;
   for (int64_t s = 0; s < count; s++) {
-    elements += slices[s].param.numel();
     // What dispatch would throw for, but outside the parallel region.
     dispatch(slices[s].param.dtype, slices[s].grad.dtype, [](auto, auto) {});
   }
@@ -65,24 +86,24 @@ void CpuOps::adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& ste
                           float(1 / (1 - std::pow(double(step.beta1), double(step.t)))),
                           float(1 / (1 - std::pow(double(step.beta2), double(step.t)))),
                           *step.grad_scale.as<float>()};
-#pragma omp parallel if (elements >= kParallelWork)
-  for (int64_t s = 0; s < count; s++) {
-    const AdamWSlice& slice = slices[s];
-    const int64_t n = slice.param.numel();
+  for_each_chunk(slices, count, [&](const AdamWSlice& slice, int64_t begin, int64_t end) {
     dispatch(slice.param.dtype, slice.grad.dtype, [&](auto x, auto g) {
       using X = decltype(x);
       using G = decltype(g);
-#pragma omp for schedule(static) nowait
-      for (int64_t begin = 0; begin < n; begin += kChunk) {
-        const int64_t end = begin + kChunk < n ? begin + kChunk : n;
-        if (slice.master) {
-          update<true, X, G>(slice, begin, end, constants);
-        } else {
-          update<false, X, G>(slice, begin, end, constants);
-        }
+      if (slice.master) {
+        update<true, X, G>(slice, begin, end, constants);
+      } else {
+        update<false, X, G>(slice, begin, end, constants);
       }
     });
-  }
+  });
+}
+
+void CpuOps::round_parameters(const AdamWSlice* slices, int64_t count) {
+  for (int64_t s = 0; s < count; s++) dispatch(slices[s].param.dtype, [](auto) {});
+  for_each_chunk(slices, count, [](const AdamWSlice& slice, int64_t begin, int64_t end) {
+    dispatch(slice.param.dtype, [&](auto x) { round<decltype(x)>(slice, begin, end); });
+  });
 }
 
 }  // namespace llmc::cpu::LLMC_ISA

@@ -42,6 +42,7 @@ void* CpuOps::allocate(size_t bytes) {
   madvise(base, total, MADV_HUGEPAGE);
 #endif
   std::memcpy(base, &total, sizeof total);
+  allocated_bytes_ += bytes;
   return static_cast<char*>(base) + kHeader;
 }
 
@@ -51,6 +52,7 @@ void CpuOps::free(void* data) {
   size_t total;
   std::memcpy(&total, base, sizeof total);
   munmap(base, total);
+  allocated_bytes_ -= total - kHeader;
 }
 
 void CpuOps::fill_zero(Tensor x) {

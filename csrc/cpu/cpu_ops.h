@@ -13,8 +13,10 @@ namespace llmc::cpu::LLMC_ISA {
 class CpuOps final : public Ops {
  public:
   const char* name() const override;
+  double peak_flops() override;
   void* allocate(size_t bytes) override;
   void free(void* data) override;
+  size_t allocated_bytes() const override { return allocated_bytes_; }
   void fill_zero(Tensor x) override;
   void upload(Tensor x, const void* host) override;
   void download(void* host, Tensor x) override;
@@ -39,11 +41,15 @@ class CpuOps final : public Ops {
   void fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
                         bool write_dlogits) override;
   void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) override;
+  void round_parameters(const AdamWSlice* slices, int64_t count) override;
   void sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) override;
   void clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) override;
   void cast(Tensor out, Tensor x) override;
   void accumulate(Tensor out, Tensor x) override;
   void sum(Tensor sum, Tensor x) override;
+
+ private:
+  size_t allocated_bytes_ = 0;
 };
 
 // The factory of this instruction set's copy; the caller owns the result.

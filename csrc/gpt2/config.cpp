@@ -45,7 +45,7 @@ void Options::validate(const GPT2Config& config) const {
              "gradients of an fp32 model must be fp32: grad_dtype is %s", name_of(grad_dtype));
   LLMC_CHECK(recompute >= 0 && recompute <= 2, "recompute is %d, it must be 0, 1 or 2", recompute);
   LLMC_CHECK(gelu_fusion >= 0 && gelu_fusion <= 2, "gelu_fusion is %d, it must be 0, 1 or 2", gelu_fusion);
-  LLMC_CHECK(zero_stage == 0 || zero_stage == 1, "zero_stage is %d, it must be 0 or 1", zero_stage);
+  LLMC_CHECK(zero_stage >= 0 && zero_stage <= 3, "zero_stage is %d, it must be 0, 1, 2 or 3", zero_stage);
   LLMC_CHECK(classifier_rows >= 0, "classifier_rows is %" PRId64 ", it must not be negative", classifier_rows);
 }
 

@@ -32,8 +32,8 @@ struct Options {
   int recompute = 1;              // 0 keep all, 1 recompute GELU, 2 recompute GELU and layernorms in the backward pass
   int gelu_fusion = 0;            // 0 none, 1 forward, 2 forward and backward
   bool master_weights = true;     // keep an fp32 copy of bf16 parameters
-  int zero_stage = 0;             // 0 nothing sharded, 1 optimizer state sharded over the ranks
-  int64_t classifier_rows = 0;    // rows of the loss head's logits chunk; 0: the plan chooses
+  int zero_stage = 0;  // sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters
+  int64_t classifier_rows = 0;  // rows of the loss head's logits chunk; 0: the plan chooses
 
   bool has_master() const { return master_weights && precision != DType::F32; }
 

@@ -16,6 +16,8 @@ GPT2::GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops
       comm_(std::move(comm)),
       plan_(llmc::plan(config, options, comm_->size())),
       layout_(config, comm_->size()) {
+  LLMC_CHECK(options.zero_stage <= 1, "ZeRO stage %d is planned (plan()) but cannot run yet: use 0 or 1",
+             options.zero_stage);
   allocate(Lifetime::Parameters);
   allocate(Lifetime::Activations);
 }
@@ -30,8 +32,8 @@ void GPT2::allocate(Lifetime lifetime) {
 Tensor GPT2::buffer(const std::string& name) {
   const Buffer& found = plan_.buffer(name);
   char* memory = static_cast<char*>(memory_[int(found.lifetime)].get());
-  LLMC_CHECK(memory != nullptr, "%s is not allocated yet, it exists after the first %s", name.c_str(),
-             found.lifetime == Lifetime::Optimizer ? "update" : "backward");
+  LLMC_CHECK(memory != nullptr, "%s is not allocated yet, it exists after %s", name.c_str(),
+             found.lifetime == Lifetime::Optimizer ? "start_optimizer or the first update" : "the first backward");
   Tensor tensor{memory + found.offset, found.dtype, int(found.shape.size()), {1, 1, 1, 1}};
   for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = found.shape[i];
   return tensor;

@@ -42,6 +42,9 @@ class GPT2 {
   const Plan& plan() const { return plan_; }
   const ParameterLayout& layout() const { return layout_; }
 
+  // Bytes of the device's memory that the model holds now: the plan's, of the lifetimes that were needed so far.
+  size_t allocated_bytes() const { return ops_->allocated_bytes(); }
+
   // Random parameters, the same on every rank: layernorm weights 1, biases 0, weights normal with σ = 0.02 (residual
   // projections 0.02/√(2L)), drawn like torch's from mt19937 in the order wte, wpe, blocks. Padding rows of wte stay 0.
   // Forgets the optimizer state.
@@ -69,8 +72,15 @@ class GPT2 {
   // Throws what logits(begin, end, out) would throw, for callers that have yet to allocate out.
   void check_logits(int64_t begin, int64_t end) const;
 
+  // Allocates the optimizer state if it is not there: m = v = 0, master = the parameters. The first update does it too.
+  void start_optimizer();
+
   // One optimizer step with the gradients of the last backward.
   void update(const UpdateOptions& options);
+
+  // Parameters = master weights, rounded as the last update rounded them, so that a checkpoint need not keep both. Throws
+  // without master weights.
+  void restore_parameters();
 
   // Mean loss and global gradient norm (before clipping) of the last complete backward. They wait for the device. The
   // update clips by this norm: gradients changed from outside after grad_norm() are not seen by it.
@@ -80,6 +90,10 @@ class GPT2 {
   // State of the random stream that seeds stochastic rounding: one draw per micro-step, 16 per update.
   uint64_t rng_state() const { return rng_.state; }
   void set_rng_state(uint64_t state) { rng_.state = state; }
+
+  // rng_state() just before the last update, whose rounding restore_parameters() repeats.
+  uint64_t last_update_rng_state() const { return last_update_rng_.state; }
+  void set_last_update_rng_state(uint64_t state) { last_update_rng_.state = state; }
 
   // Views for looking inside; they stay valid as long as the model. Optimizer views are this rank's shard.
   Tensor parameter(const ParameterTensor& tensor);
@@ -95,6 +109,11 @@ class GPT2 {
     int64_t end;
     int64_t offset;  // elements from the start of the optimizer buffers
   };
+
+  // Of the stochastic rounding: one per kind of tensor, the same on every rank, so that a parameter is rounded alike
+  // wherever it is updated.
+  using Seeds = std::array<uint32_t, kNumParameterKinds>;
+  static Seeds draw_seeds(XorShift64& rng);
 
   Tensor parameter(ParameterKind kind, int64_t layer = 0) { return parameter(layout_.tensor(kind, layer)); }
   Tensor gradient(ParameterKind kind, int64_t layer = 0) { return gradient(layout_.tensor(kind, layer)); }
@@ -112,7 +131,10 @@ class GPT2 {
   void loss_head(Tensor losses, float dloss, bool gradients);
   void reduce_unit(const ParameterUnit& unit);
   void compute_grad_norm(float grad_clip);
+  void gather_unit(const ParameterUnit& unit);
   Shard shard(size_t unit) const;
+  // The parts of the unit's tensors that this rank updates, matrices with the weight decay; gradients may be absent.
+  std::vector<AdamWSlice> slices(size_t unit, const Seeds& seeds, float weight_decay, Tensor gradients);
 
   const GPT2Config config_;
   const Options options_;
@@ -128,6 +150,7 @@ class GPT2 {
   std::array<std::unique_ptr<void, FreeMemory>, kNumLifetimes> memory_;
 
   XorShift64 rng_{13371337};
+  XorShift64 last_update_rng_ = rng_;
   int64_t batch_ = 0, seq_ = 0;        // b, t of the last forward; 0 before the first
   int64_t loss_rows_ = 0;              // b·t of the current step's micro-batches
   int64_t micro_steps_done_ = 0;       // of the current step

@@ -7,6 +7,7 @@
 #include "gpt2/model.h"
 
 namespace llmc {
+
 GPT2::Shard GPT2::shard(size_t unit) const {
   const ParameterUnit& u = layout_.units[unit];
   if (options_.zero_stage == 0) return {u.offset, u.offset + u.size, u.offset};
@@ -55,47 +56,77 @@ void UpdateOptions::validate() const {
   LLMC_CHECK(grad_clip > 0, "grad_clip is %g, it must be positive", grad_clip);
 }
 
+void GPT2::start_optimizer() {
+  if (memory_[int(Lifetime::Optimizer)]) return;
+  allocate(Lifetime::Optimizer);  // zeroed, as m and v start
+  for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
+    const Shard own = shard(unit);
+    ops_->cast(slice_elements(buffer("master"), own.offset, own.offset + own.end - own.begin),
+               slice_elements(buffer("parameters"), own.begin, own.end));
+  }
+}
+
+GPT2::Seeds GPT2::draw_seeds(XorShift64& rng) {
+  Seeds seeds;
+  for (uint32_t& seed : seeds) seed = rng.next();
+  return seeds;
+}
+
+std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weight_decay, Tensor gradients) {
+  std::vector<AdamWSlice> slices;
+  const Shard own = shard(unit);
+  for (const ParameterTensor& tensor : layout_.units[unit].tensors) {
+    const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
+    if (begin >= end) continue;
+    const int64_t first = own.offset + begin - own.begin, last = first + end - begin;
+    AdamWSlice slice;
+    slice.param = slice_elements(buffer("parameters"), begin, end);
+    if (gradients) slice.grad = slice_elements(gradients, begin, end);
+    slice.m = slice_elements(buffer("m"), first, last);
+    slice.v = slice_elements(buffer("v"), first, last);
+    if (options_.has_master()) slice.master = slice_elements(buffer("master"), first, last);
+    slice.weight_decay = tensor.weight_decay ? weight_decay : 0;
+    slice.seed = seeds[tensor.kind];
+    slice.layer = tensor.layer;
+    slice.first = begin - tensor.offset;
+    slices.push_back(slice);
+  }
+  return slices;
+}
+
+void GPT2::gather_unit(const ParameterUnit& unit) {
+  if (options_.zero_stage == 0) return;  // every rank updated all of it
+  comm_->all_gather(slice_elements(buffer("parameters"), unit.offset, unit.offset + unit.size));
+}
+
 void GPT2::update(const UpdateOptions& options) {
   options.validate();
   compute_grad_norm(options.grad_clip);
   logits_allowed_ = false;  // of the old parameters
-  if (!memory_[int(Lifetime::Optimizer)]) {
-    allocate(Lifetime::Optimizer);  // zeroed, as m and v start
-    for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
-      const Shard own = shard(unit);
-      ops_->cast(slice_elements(buffer("master"), own.offset, own.offset + own.end - own.begin),
-                 slice_elements(buffer("parameters"), own.begin, own.end));
-    }
-  }
-  // One seed per kind of tensor, the same on every rank: a parameter is rounded alike wherever it is updated.
-  std::array<uint32_t, kNumParameterKinds> seeds;
-  for (uint32_t& seed : seeds) seed = rng_.next();
-
+  start_optimizer();
+  last_update_rng_ = rng_;
+  const auto seeds = draw_seeds(rng_);
   const AdamWStep step{options.learning_rate, options.beta1, options.beta2,
                        options.eps,           options.step,  buffer("grad_scale")};
-  std::vector<AdamWSlice> slices;
+  const Tensor gradients = buffer("gradients");
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const ParameterUnit& u = layout_.units[unit];
-    const Shard own = shard(unit);
-    slices.clear();
-    for (const ParameterTensor& tensor : u.tensors) {
-      const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
-      if (begin >= end) continue;
-      const int64_t first = own.offset + begin - own.begin, last = first + end - begin;
-      AdamWSlice slice;
-      slice.param = slice_elements(buffer("parameters"), begin, end);
-      slice.grad = slice_elements(buffer("gradients"), begin, end);
-      slice.m = slice_elements(buffer("m"), first, last);
-      slice.v = slice_elements(buffer("v"), first, last);
-      if (options_.has_master()) slice.master = slice_elements(buffer("master"), first, last);
-      slice.weight_decay = tensor.weight_decay ? options.weight_decay : 0;
-      slice.seed = seeds[tensor.kind];
-      slice.layer = tensor.layer;
-      slice.first = begin - tensor.offset;
-      slices.push_back(slice);
-    }
-    ops_->adamw(slices.data(), int64_t(slices.size()), step);
-    if (options_.zero_stage >= 1) comm_->all_gather(slice_elements(buffer("parameters"), u.offset, u.offset + u.size));
+    const std::vector<AdamWSlice> own = slices(unit, seeds, options.weight_decay, gradients);
+    ops_->adamw(own.data(), int64_t(own.size()), step);
+    gather_unit(layout_.units[unit]);
+  }
+  comm_->wait();
+}
+
+void GPT2::restore_parameters() {
+  LLMC_CHECK(options_.has_master(), "parameters are restored from master weights, and this model has none");
+  start_optimizer();
+  logits_allowed_ = false;
+  XorShift64 rng = last_update_rng_;
+  const auto seeds = draw_seeds(rng);
+  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
+    const std::vector<AdamWSlice> own = slices(unit, seeds, 0, Tensor{});
+    ops_->round_parameters(own.data(), int64_t(own.size()));
+    gather_unit(layout_.units[unit]);
   }
   comm_->wait();
 }

@@ -54,6 +54,15 @@ class Builder {
   Plan& plan_;
 };
 
+// The units as working memory while the buffer itself is a shard: blocks take turns in two slots, so that one is moved
+// while the other is used; unit 0 and the last one stay for the whole pass.
+void add_working_units(Builder& builder, Lifetime lifetime, DType dtype, const ParameterLayout& layout) {
+  const std::string name = name_of(lifetime);
+  builder.add(lifetime, name + "_first", dtype, {layout.units.front().size});
+  builder.add(lifetime, name + "_ring", dtype, {2, layout.units[1].size});  // all blocks have the same size
+  builder.add(lifetime, name + "_last", dtype, {layout.units.back().size});
+}
+
 }  // namespace
 
 const char* name_of(Lifetime lifetime) {
@@ -80,19 +89,28 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   Plan result;
   Builder builder(result);
 
-  const int64_t size = ParameterLayout(config, world_size).size;
-  const int64_t shard = options.zero_stage >= 1 ? size / world_size : size;
-  builder.add(Lifetime::Parameters, "parameters", X, {size});
+  const ParameterLayout layout(config, world_size);
+  const int64_t size = layout.size, shard = size / world_size;
+  const int stage = options.zero_stage;
 
-  builder.add(Lifetime::Gradients, "gradients", options.grad_dtype, {size});
+  builder.add(Lifetime::Parameters, "parameters", X, {stage >= 3 ? shard : size});
+  if (stage >= 3) add_working_units(builder, Lifetime::Parameters, X, layout);
+
+  if (stage >= 2) {
+    builder.add(Lifetime::Gradients, "gradients", F32, {shard});  // every micro-step adds its sum over the ranks
+    add_working_units(builder, Lifetime::Gradients, options.grad_dtype, layout);
+  } else {
+    builder.add(Lifetime::Gradients, "gradients", options.grad_dtype, {size});
+  }
   if (options.grad_dtype != F32 && rows < B * T) {
     // Many chunks would round dwte many times: they add up here, and once per micro-step into the gradients.
     builder.add(Lifetime::Gradients, "dwte_sum", F32, {config.padded_vocab_size, C});
   }
 
-  builder.add(Lifetime::Optimizer, "m", F32, {shard});
-  builder.add(Lifetime::Optimizer, "v", F32, {shard});
-  if (options.has_master()) builder.add(Lifetime::Optimizer, "master", F32, {shard});
+  const int64_t state = stage >= 1 ? shard : size;
+  builder.add(Lifetime::Optimizer, "m", F32, {state});
+  builder.add(Lifetime::Optimizer, "v", F32, {state});
+  if (options.has_master()) builder.add(Lifetime::Optimizer, "master", F32, {state});
 
   const auto activation = [&](const std::string& name, DType dtype, std::vector<int64_t> shape) {
     builder.add(Lifetime::Activations, name, dtype, std::move(shape));

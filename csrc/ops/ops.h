@@ -46,11 +46,16 @@ class Ops {
 
   // For reports: device, instruction set, BLAS.
   virtual const char* name() const = 0;
+  // fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms; 0 where it
+  // is not measured.
+  virtual double peak_flops() = 0;
 
   // --- memory -------------------------------------------------------------------------------------------------------
   // Device memory, zeroed, aligned to 4096 bytes. Throws Error with the size if there is not enough.
   virtual void* allocate(size_t bytes) = 0;
   virtual void free(void* data) = 0;
+  // Bytes that allocate has given out and free has not taken back, without headers and the rounding to pages.
+  virtual size_t allocated_bytes() const = 0;
   virtual void fill_zero(Tensor x) = 0;
   // Copies x.bytes() bytes from or to the host. upload has read host when it returns; download waits for all earlier
   // operations.
@@ -137,6 +142,9 @@ class Ops {
   // w goes to master exactly and to param rounded: bf16 stochastically, with
   // noise_2d(i mod 512, 512·⌊i/512⌋ + layer, seed) for element i of the layer's unsharded tensor.
   virtual void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) = 0;
+
+  // param = master, rounded exactly as adamw rounds it. Of the slices only param, master, seed, layer and first are used.
+  virtual void round_parameters(const AdamWSlice* slices, int64_t count) = 0;
 
   // sum += Σ x² over all tensors of the list (F32 or BF16)
   //   sum f32 (1)

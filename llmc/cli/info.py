@@ -9,6 +9,7 @@ import llmc
 from llmc.cli import run
 from llmc.errors import UsageError
 from llmc.machine import cpu_count, cpu_name, memory_bytes
+from llmc.peak import peak_flops
 
 PACKAGES = ("torch", "numpy", "scipy-openblas32", "tiktoken", "pybind11")
 VARIABLES = (
@@ -64,8 +65,15 @@ def devices() -> dict[str, object]:
     """torch's view of threads and GPUs."""
     import torch
 
-    gpus = {f"cuda device {i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    gpus = {f"cuda device {i}": gpu(torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())}
     return {"torch threads": torch.get_num_threads(), **gpus}
+
+
+def gpu(name: str) -> str:
+    """A GPU's name with the peaks that its utilisation is measured against."""
+    peaks = {"bf16": peak_flops(name, "bf16"), "TF32": peak_flops(name, "fp32")}
+    shown = (f"{kind} {f'{peak / 1e12:.1f} TFLOP/s' if peak else 'n/a'}" for kind, peak in peaks.items())
+    return f"{name} (peak {', '.join(shown)})"
 
 
 def core() -> dict[str, object]:

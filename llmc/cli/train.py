@@ -1,7 +1,7 @@
 """llmc-train: train a model."""
 
 from llmc.cli import run
-from llmc.config import parse_args
+from llmc.command_line import parse_args
 
 
 def main() -> None:
@@ -9,8 +9,13 @@ def main() -> None:
 
 
 def _main(argv: list[str]) -> None:
-    config = parse_args(argv)
+    command = parse_args(argv)
     # Only now: --help and a wrong flag are answered without waiting for torch.
-    from llmc.train import train
+    if command.dry_run:
+        from llmc.dry_run import dry_run
 
-    train(config)
+        dry_run(command.config, command.memory_gib)
+    else:
+        from llmc.train import train
+
+        train(command.config)

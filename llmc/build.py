@@ -1,0 +1,112 @@
+"""What -e and the flags on memory and numerics mean for the core: sizes, options and the memory plan."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc import models
+from llmc.config import TrainConfig
+from llmc.errors import RunError, UsageError
+from llmc.model_file import FileDtype, ModelShape, read_model_header
+
+if TYPE_CHECKING:
+    from llmc import _C
+
+WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
+
+ALIGNMENT = 256  # bytes; the core pads every buffer to a multiple, kAlignment in csrc/gpt2/plan.cpp
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A row of the memory plan."""
+
+    name: str
+    lifetime: str  # parameters, gradients, optimizer or activations: one allocation each
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the allocation; buffers may share memory
+    bytes: int
+
+
+def is_file(model: str) -> bool:
+    """True if -e names a file, False if it is a descriptor."""
+    return model.endswith(".bin")
+
+
+def model_shape(config: TrainConfig, vocab_size_of_data: int | None) -> ModelShape:
+    """The sizes of -e; `vocab_size_of_data` is the default of the free form. UsageError or RunError without one."""
+    if not is_file(config.model):
+        return models.resolve(config.model, vocab_size_of_data)
+    path = Path(config.model)
+    if path.exists() or path.name not in WELL_KNOWN_FILES:
+        return read_model_header(path)[0]
+    descriptor = WELL_KNOWN_FILES[path.name]
+    out = "" if path.name == str(path) else f" --out {path}"
+    if path.name == "chessGPT_d8_bf16.bin":
+        raise RunError(f"-e {path}: there is no such file; make it, with random weights: llmc-init {descriptor}{out}")
+    raise RunError(
+        f"-e {path}: there is no such file; to train this model from scratch use -e {descriptor}; to make the file "
+        "from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 --num_iterations 0 "
+        f"--input_bin '{config.train_data}' (needs the transformers package and the network)"
+    )
+
+
+def precision_of(config: TrainConfig) -> FileDtype:
+    """bf16 is the habit of GPUs: there `auto` means it. UsageError for settings that contradict it."""
+    auto: FileDtype = "bf16" if config.device == "cuda" else "fp32"
+    precision: FileDtype = {"auto": auto, "fp32": "fp32", "bf16": "bf16"}[config.precision]
+    if precision == "fp32" and not config.master_weights:
+        raise UsageError("-w 0 has no effect in fp32, where parameters are their own master copy: drop it")
+    if precision == "fp32" and config.grad_dtype == "bf16":
+        raise UsageError("--grad-dtype bf16 needs --precision bf16: fp32 parameters have fp32 gradients")
+    return precision
+
+
+def core_config(config: TrainConfig, shape: ModelShape) -> "_C.GPT2Config":
+    from llmc import _C
+
+    try:
+        return _C.GPT2Config(**asdict(shape))
+    except _C.Error as error:
+        raise RunError(f"-e {config.model}: {error}") from error
+
+
+def core_options(
+    config: TrainConfig,
+    precision: FileDtype,
+    *,
+    batch_size: int | None = None,
+    recompute: int | None = None,
+    zero_stage: int = 0,
+) -> "_C.Options":
+    """The flags as the core takes them; the keywords replace single ones."""
+    from llmc import _C
+
+    return _C.Options(
+        batch_size=config.batch_size if batch_size is None else batch_size,
+        seq_len=config.seq_len,
+        precision=precision,
+        grad_dtype="fp32" if config.grad_dtype == "fp32" else precision,
+        recompute=config.recompute if recompute is None else recompute,
+        # On the CPU fusion costs nothing: the same bits, fewer passes over memory.
+        gelu_fusion=2 if config.gelu_fusion == -1 else config.gelu_fusion,
+        master_weights=config.master_weights,
+        zero_stage=zero_stage,
+    )
+
+
+def memory_plan(config: "_C.GPT2Config", options: "_C.Options", world_size: int = 1) -> list[Buffer]:
+    """All buffers of one rank."""
+    from llmc import _C
+
+    return [Buffer(*row) for row in _C.plan(config, options, world_size)]
+
+
+def bytes_by_lifetime(buffers: list[Buffer]) -> dict[str, int]:
+    """Bytes of each allocation. Buffers may share memory, so it is the last end that counts."""
+    ends: dict[str, int] = {}
+    for buffer in buffers:
+        end = buffer.offset + -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
+        ends[buffer.lifetime] = max(ends.get(buffer.lifetime, 0), end)
+    return ends

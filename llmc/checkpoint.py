@@ -1,0 +1,139 @@
+"""Checkpoints in the output directory: model_STEP.bin, state_STEP_RANK.bin and, last, the empty DONE_STEP.
+
+A checkpoint exists if all of its files do. Whatever moment a run is killed at, those that existed still exist.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import RunError
+
+RANK = 0
+FILE = re.compile(r"(?:DONE_([0-9]{8,10})|(?:model_([0-9]{8,10})|state_([0-9]{8,10})_[0-9]{5,})\.bin)")
+LEFTOVER = re.compile(r"\.(?:model|state)_[0-9_]+\.bin\.[0-9]+\.tmp")  # of a write that was killed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one checkpoint, whether or not they are there."""
+
+    directory: Path
+    step: int
+
+    @property
+    def model(self) -> Path:
+        return self.directory / f"model_{self.step:08d}.bin"
+
+    @property
+    def state(self) -> Path:
+        return self.directory / f"state_{self.step:08d}_{RANK:05d}.bin"
+
+    @property
+    def done(self) -> Path:
+        return self.directory / f"DONE_{self.step:08d}"
+
+    @property
+    def complete(self) -> bool:
+        return self.done.exists() and self.model.exists() and self.state.exists()
+
+    def delete(self) -> None:
+        """First the marker: a half-deleted checkpoint must not look like one. Missing files are ignored."""
+        for path in (self.done, self.model, self.state):
+            path.unlink(missing_ok=True)
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The complete checkpoint with the highest step."""
+    return max(filter(lambda found: found.complete, find(directory)), key=lambda found: found.step, default=None)
+
+
+def find(directory: Path) -> list[Checkpoint]:
+    """Every step of which at least one file is there, in ascending order."""
+    return [Checkpoint(directory, step) for step in sorted({step_of(path) for path in files(directory)})]
+
+
+def files(directory: Path) -> list[Path]:
+    """All files of checkpoints, markers first."""
+    try:
+        return sorted(path for path in directory.iterdir() if FILE.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"-o {directory} cannot be read: {error.strerror or error}") from error
+
+
+def step_of(path: Path) -> int:
+    match = FILE.fullmatch(path.name)
+    assert match is not None
+    return int(match[1] or match[2] or match[3])
+
+
+def mark_done(checkpoint: Checkpoint) -> None:
+    """The checkpoint exists from here on, also after a power cut."""
+    try:
+        checkpoint.done.touch()
+        sync_directory(checkpoint.directory)
+    except OSError as error:
+        raise RunError(f"cannot write {checkpoint.done}: {error.strerror or error}") from error
+
+
+def prune(directory: Path, current: int, keep: int, major_every: int) -> list[int]:
+    """Delete all but the `keep` newest checkpoints up to step `current`, and what is left of incomplete older ones.
+
+    Multiples of `major_every` are major: never deleted, and not counted. keep 0 keeps all. Returns the deleted steps.
+    """
+    if keep == 0:
+        return []
+    minor = [
+        checkpoint
+        for checkpoint in find(directory)
+        if checkpoint.step <= current and (major_every == 0 or checkpoint.step % major_every != 0)
+    ]
+    kept = {checkpoint.step for checkpoint in [c for c in minor if c.complete][-keep:]}
+    deleted = [checkpoint for checkpoint in minor if checkpoint.step not in kept and checkpoint.step < current]
+    for checkpoint in deleted:
+        try:
+            checkpoint.delete()
+        except OSError as error:
+            raise RunError(f"cannot delete the checkpoint of step {checkpoint.step}: {error}") from error
+    return [checkpoint.step for checkpoint in deleted]
+
+
+def move_aside(directory: Path, others: list[str]) -> Path | None:
+    """Move all checkpoint files, and those of the names `others`, to a new directory inside; None: no checkpoint.
+
+    A later resume cannot then take an older, perhaps longer, run for this one.
+    """
+    found = files(directory)
+    if not found:
+        return None
+    number = 1
+    while (aside := directory / f"previous_{number}").exists():
+        number += 1
+    try:
+        aside.mkdir()
+        for path in [*found, *(directory / name for name in others)]:
+            if path.exists():
+                path.rename(aside / path.name)
+        sync_directory(directory)
+    except OSError as error:
+        raise RunError(f"cannot move the checkpoints in {directory} aside: {error}; choose another -o") from error
+    return aside
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what writes that were killed have left; no other run may be writing."""
+    for path in directory.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until names in the directory are on the disk, too."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""Configuration files: the flags by their long names, as TOML or YAML; the trainer writes its own as TOML."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmc.binfile import atomic_write
+from llmc.config import TABLE, TrainConfig, flag_fields, flag_of, read_value, show
+from llmc.errors import RunError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The values of the file by field of TrainConfig. RunError if it cannot be read, UsageError for what it says."""
+    suffix = Path(path).suffix
+    if suffix not in PARSERS:
+        raise UsageError(f"--config {show(path)}: the name must end in {', '.join(PARSERS)}")
+    try:
+        content = PARSERS[suffix](Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"--config {show(path)} cannot be read: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:  # TOML's errors are ValueErrors, and so is what is not UTF-8
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {show(path)} is not valid {suffix[1:].upper()}: {reason}") from error
+    if not isinstance(content, dict | None):
+        raise UsageError(f"--config {show(path)}: it must hold one setting per line, such as batch-size = 4")
+    return dict(read_setting(path, key, value) for key, value in (content or {}).items())
+
+
+def read_setting(path: str, key: object, value: object) -> tuple[str, Any]:
+    entry = TABLE.get("--" + str(key).replace("_", "-"))
+    if entry is None:
+        raise UsageError(
+            f"--config {show(path)}: unknown setting {str(key)!r}; they are the long flags of --help without dashes"
+        )
+    if not isinstance(value, str | int | float):
+        raise UsageError(f"--config {show(path)}: {key} must be one value, not a {type(value).__name__}")
+    try:
+        return entry.name, read_value(entry, str(int(value)) if isinstance(value, bool) else str(value))
+    except UsageError as error:
+        raise UsageError(f"--config {show(path)}: {error}") from None
+
+
+def write_config_file(path: str | os.PathLike[str], config: TrainConfig) -> None:
+    """Write every setting, so that `--config` with this file repeats the run."""
+    lines, group = ["# Settings of a run of llmc-train; llmc-train --config FILE repeats it."], ""
+    for entry in flag_fields():
+        spec = flag_of(entry)
+        if spec.group != group:
+            group = spec.group
+            lines.append(f"\n# {group}")
+        # JSON's strings, numbers and truth values are TOML's, but for its escapes of characters beyond 16 bits.
+        value = json.dumps(getattr(config, entry.name), ensure_ascii=False)
+        lines.append(f"{entry.name.replace('_', '-')} = {value}")
+    with atomic_write(path) as file:
+        file.write("\n".join([*lines, ""]).encode())

@@ -1,0 +1,129 @@
+"""llmc-train --dry-run: the memory of a run on paper, for any device, before anything is allocated."""
+
+import re
+from dataclasses import dataclass
+
+from llmc.build import (
+    Buffer,
+    bytes_by_lifetime,
+    core_config,
+    core_options,
+    is_file,
+    memory_plan,
+    model_shape,
+    precision_of,
+)
+from llmc.config import INT32_MAX, TrainConfig
+from llmc.data.shards import find_shards
+from llmc.errors import UsageError
+from llmc.machine import memory_bytes
+from llmc.model_file import FileDtype, ModelShape
+from llmc.tokenizer import Tokenizer, dataset_tokenizer
+
+MIB = 2**20
+MAX_BATCH = 2**16  # a search needs an end
+
+
+def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
+    """Print every buffer of one process, the totals, and what would fit into the memory of the device."""
+    memory = memory_bytes() if memory_gib is None else round(memory_gib * 2**30)
+    precision = precision_of(config)
+    shape = model_shape(config, vocabulary(config))
+    if shape.max_seq_len < config.seq_len:
+        raise UsageError(f"-t {config.seq_len} is longer than the context of -e {config.model}: {shape.max_seq_len}")
+    P = config.num_processes
+    accumulation_steps = config.accumulation_steps(P)
+    print(
+        f"{config.model}: {shape.num_parameters} parameters, {precision}, B={config.batch_size} T={config.seq_len} "
+        f"-r {config.recompute} -z {config.zero_stage}, {P} process(es), {accumulation_steps} micro-step(s)\n"
+        "\nmemory of each process:"
+    )
+    buffers = plan(config, shape, precision, config.batch_size, config.recompute, config.zero_stage)
+    print(*buffer_lines(buffers), *total_lines(buffers, config.batch_size, memory), sep="\n")
+    stages = range(4) if P > 1 else [0]
+    print(f"\nwhat fits into {memory / 2**30:.1f} GiB at -t {config.seq_len}:")
+    print("  -z  -r  MiB at this -b  largest -b")
+    for stage in stages:
+        for recompute in (0, 1, 2):
+            need = total(plan(config, shape, precision, config.batch_size, recompute, stage))
+            largest = largest_batch(config, shape, precision, recompute, stage, memory)
+            print(f"  {stage:2}  {recompute:2}  {need / MIB:14.1f}  {largest or 'none':>10}")
+
+
+def vocabulary(config: TrainConfig) -> int | None:
+    """Of the data, where the model asks for it: nothing else of a dry run needs data."""
+    if config.tokenizer:
+        return Tokenizer(config.tokenizer).vocab_size
+    if is_file(config.model) or not re.match("custom:(?!.*v=)", config.model):
+        return None
+    tokenizer = dataset_tokenizer(find_shards(config.train_data)[0])
+    return tokenizer.vocab_size if tokenizer else None
+
+
+def plan(
+    config: TrainConfig, shape: ModelShape, precision: FileDtype, batch_size: int, recompute: int, stage: int
+) -> list[Buffer]:
+    if config.num_processes == 1:
+        stage = 0  # as in training: there is nothing to cut
+    options = core_options(config, precision, batch_size=batch_size, recompute=recompute, zero_stage=stage)
+    return memory_plan(core_config(config, shape), options, config.num_processes)
+
+
+def total(buffers: list[Buffer]) -> int:
+    return sum(bytes_by_lifetime(buffers).values())
+
+
+def largest_batch(
+    config: TrainConfig, shape: ModelShape, precision: FileDtype, recompute: int, stage: int, memory: int
+) -> int:
+    """The largest B whose plan fits into `memory` bytes; 0: not even one row does."""
+
+    def fits(batch_size: int) -> bool:
+        return total(plan(config, shape, precision, batch_size, recompute, stage)) <= memory
+
+    low, high = 0, min(MAX_BATCH, INT32_MAX // config.seq_len)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass
+class Group:
+    """Buffers that are alike in all layers."""
+
+    first: Buffer
+    count: int = 1
+
+
+def buffer_lines(buffers: list[Buffer]) -> list[str]:
+    """A line per buffer, those of the layers together; one that shares the memory of an earlier one says so."""
+    groups: dict[tuple[str, str], Group] = {}
+    for buffer in buffers:
+        key = (buffer.lifetime, re.sub(r"^h[0-9]+\.", "h*.", buffer.name))
+        if key in groups:
+            groups[key].count += 1
+        else:
+            groups[key] = Group(buffer)
+    lines = [f"  {'lifetime':<12}{'buffer':<20}{'dtype':<6}{'shape':<26}{'MiB':>12}"]
+    taken: dict[tuple[str, int], str] = {}
+    for (lifetime, name), group in groups.items():
+        shape = f"{group.count} x " * (group.count > 1) + str(group.first.shape).replace(" ", "").replace(",)", ")")
+        mib = group.count * group.first.bytes / MIB
+        other = taken.setdefault((lifetime, group.first.offset), name)
+        shared = "" if other == name else f"  (shares memory with {other})"
+        lines.append(f"  {lifetime:<12}{name:<20}{group.first.dtype:<6}{shape:<26}{mib:>12.3f}{shared}")
+    return lines
+
+
+def total_lines(buffers: list[Buffer], batch_size: int, memory: int) -> list[str]:
+    lifetimes = bytes_by_lifetime(buffers)
+    lines = [f"{lifetime}: {size} bytes, {size / MIB:.1f} MiB" for lifetime, size in lifetimes.items()]
+    needed = sum(lifetimes.values())
+    return [
+        "",
+        *lines,
+        f"total: {needed} bytes, {needed / MIB:.1f} MiB of {memory / MIB:.1f} MiB: "
+        + ("fits" if needed <= memory else "does not fit"),
+        f"memory per sequence: {lifetimes['activations'] / batch_size / MIB:.1f} MiB",
+    ]

@@ -1,0 +1,45 @@
+"""The output directory -o: log, checkpoints and the settings of the run."""
+
+import os
+from pathlib import Path
+
+from llmc.checkpoint import move_aside, remove_leftovers
+from llmc.config import TrainConfig
+from llmc.config_file import write_config_file
+from llmc.errors import RunError
+
+LOG = "main.log"
+CONFIG = "config.toml"
+
+
+def check_output_dir(directory: str) -> None:
+    """Find out before a large model is built, not after it, that nothing can be written; '' stands for no directory."""
+    path = Path(directory)
+    if not directory:
+        return
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise RunError(f"-o {path}: {existing} is not a directory; choose another output directory")
+    if not os.access(existing, os.W_OK | os.X_OK) or (path / LOG).is_dir():
+        raise RunError(f"-o {path}: {path / LOG} cannot be written; choose another output directory")
+
+
+def open_output_dir(config: TrainConfig) -> Path | None:
+    """Make the directory ready for this run. A new run moves the checkpoints of another one aside."""
+    if not config.output_dir:
+        return None
+    directory = Path(config.output_dir)
+    if not directory.is_dir():
+        try:
+            directory.mkdir(parents=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(
+                f"cannot create the output directory {directory}: {reason}; choose another with -o"
+            ) from error
+        print(f"created directory: {directory}")
+    remove_leftovers(directory)
+    if not config.resume and (aside := move_aside(directory, [LOG, CONFIG])):
+        print(f"moved the checkpoints and the log in {directory} to {aside} (-y 1 would have gone on from them)")
+    write_config_file(directory / CONFIG, config)
+    return directory

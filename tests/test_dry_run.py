@@ -1,0 +1,324 @@
+"""llmc-train --dry-run: what it prints, read as an outside tool would, against a real model's memory and the plan."""
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import llmc.dry_run
+from llmc import _C
+from llmc.cli.train import _main as command
+from llmc.errors import RunError, UsageError
+
+MIB = 2**20
+LIFETIMES = ["parameters", "gradients", "optimizer", "activations"]
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "int32": 4}
+ALIGNMENT = 256
+BUFFER_LINE = re.compile(
+    r"  (?P<lifetime>\w+) +(?P<name>\S+) +(?P<dtype>fp32|bf16|int32) +(?:(?P<count>\d+) x )?\((?P<shape>[\d,]+)\)"
+    r" +(?P<mib>\d+\.\d{3})(?:  \(shares memory with (?P<other>\S+)\))?"
+)
+TABLE_LINE = re.compile(r" +(?P<stage>\d) +(?P<recompute>\d) +(?P<mib>\d+\.\d) +(?P<largest>\d+|none)")
+
+SIZES = {"max_seq_len": 32, "vocab_size": 65, "padded_vocab_size": 128, "num_layers": 2, "num_heads": 2, "channels": 32}
+SMALL = "-e custom:l=2,c=32,h=2,t=32,v=65 -g 4"
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path, monkeypatch):
+    """An empty working directory: a dry run needs no data."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@dataclass
+class Row:
+    """A line of the listing."""
+
+    lifetime: str
+    name: str
+    count: int
+    bytes: int  # of all `count` buffers
+    mib: float
+    other: str | None  # whose memory it shares
+
+
+class Report:
+    """The output of a dry run."""
+
+    def __init__(self, text):
+        self.text = text
+        lines = text.splitlines()
+        begin = lines.index("memory of each process:") + 2
+        listing = lines[begin : lines.index("", begin)]
+        self.rows = [self.row(BUFFER_LINE.fullmatch(line)) for line in listing]
+        found = re.findall(r"^(\w+): (\d+) bytes, ([\d.]+) MiB", text, re.MULTILINE)
+        self.totals = {name: int(size) for name, size, _ in found}
+        for _, size, mib in found:
+            assert float(mib) == pytest.approx(int(size) / MIB, abs=0.051)  # one decimal
+        self.fits = re.search(r"^total: .*: (fits|does not fit)$", text, re.MULTILINE)[1] == "fits"
+        matches = [match for match in map(TABLE_LINE.fullmatch, lines) if match]
+        self.largest = {
+            (int(m["stage"]), int(m["recompute"])): 0 if m["largest"] == "none" else int(m["largest"]) for m in matches
+        }
+        self.need = {(int(m["stage"]), int(m["recompute"])): float(m["mib"]) for m in matches}
+
+    @staticmethod
+    def row(match):
+        count = int(match["count"] or 1)
+        bytes = count * math.prod(map(int, match["shape"].split(","))) * DTYPE_BYTES[match["dtype"]]
+        return Row(match["lifetime"], match["name"], count, bytes, float(match["mib"]), match["other"])
+
+
+@pytest.fixture
+def dry_run(capsys):
+    def run(flags):
+        capsys.readouterr()
+        command(["--dry-run", *flags.split()])
+        return Report(capsys.readouterr().out)
+
+    return run
+
+
+def plan(sizes, world_size=1, **options):
+    return _C.plan(_C.GPT2Config(**sizes), _C.Options(**options), world_size)
+
+
+def allocated(rows):
+    """Bytes by lifetime of rows of the plan: the last end, padded."""
+    ends = {}
+    for _, lifetime, _, _, offset, size in rows:
+        ends[lifetime] = max(ends.get(lifetime, 0), offset + -(-size // ALIGNMENT) * ALIGNMENT)
+    return ends
+
+
+CONFIGURATIONS = [  # flags, sizes of the model, options of the core
+    ("-b 4 -t 32", {}, {}),
+    ("-b 3 -t 15", {}, {}),
+    ("-b 1 -t 7 -r 0", {}, {"recompute": 0}),
+    ("-b 5 -t 31 -r 2", {}, {"recompute": 2}),
+    ("-b 4 -t 32 --precision bf16", {}, {"precision": "bf16"}),
+    ("-b 3 -t 15 --precision bf16 -w 0", {}, {"precision": "bf16", "master_weights": False}),
+    ("-b 3 -t 17 --precision bf16 --grad-dtype fp32", {}, {"precision": "bf16", "grad_dtype": "fp32"}),
+    ("-b 2 -t 9 --device cuda -r 2", {}, {"precision": "bf16", "recompute": 2}),
+    # GPT-2's vocabulary: the logits are the largest buffer, here in several chunks.
+    (
+        "-b 8 -t 128 -r 0 --precision bf16 -e custom:l=3,c=48,h=3,t=128,v=50257",
+        {"max_seq_len": 128, "vocab_size": 50257, "padded_vocab_size": 50304}
+        | {"num_layers": 3, "num_heads": 3, "channels": 48},
+        {"precision": "bf16", "recompute": 0},
+    ),
+    (
+        "-b 2 -t 11 -e gpt2:d6",
+        {"max_seq_len": 1024, "vocab_size": 50257, "padded_vocab_size": 50304}
+        | {"num_layers": 6, "num_heads": 6, "channels": 384},
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "sizes", "options"), CONFIGURATIONS, ids=[row[0] for row in CONFIGURATIONS])
+def test_totals_are_what_a_model_allocates(dry_run, flags, sizes, options):
+    report = dry_run(f"{SMALL} {flags}")
+    B, T = (int(flags.split()[i]) for i in (1, 3))
+    sizes = {**SIZES, **sizes}
+    model = _C.GPT2(_C.GPT2Config(**sizes), _C.Options(batch_size=B, seq_len=T, gelu_fusion=2, **options))
+    assert list(report.totals) == [*LIFETIMES, "total"]
+    totals = report.totals
+    assert model.allocated_bytes() == totals["parameters"] + totals["activations"]  # before the first step
+    model.start_optimizer()
+    assert model.allocated_bytes() == totals["total"] - totals["gradients"]
+    assert model.memory() == {lifetime: totals[lifetime] for lifetime in LIFETIMES}
+    if sizes == SIZES:  # the other models are too large for quick steps
+        tokens = torch.zeros(B, T, dtype=torch.int32)
+        model.forward(tokens)
+        model.backward(tokens)
+        assert model.allocated_bytes() == totals["total"]
+    per_sequence = float(re.search(r"memory per sequence: ([\d.]+) MiB", report.text)[1])
+    assert per_sequence == pytest.approx(totals["activations"] / B / MIB, abs=0.051)
+
+
+@pytest.mark.parametrize(("flags", "sizes", "options"), CONFIGURATIONS, ids=[row[0] for row in CONFIGURATIONS])
+def test_every_buffer_is_listed(dry_run, flags, sizes, options):
+    report = dry_run(f"{SMALL} {flags}")
+    sizes = {**SIZES, **sizes}
+    B, T = (int(flags.split()[i]) for i in (1, 3))
+    expected = {}
+    for name, lifetime, _, _, _, size in plan(sizes, batch_size=B, seq_len=T, **options):
+        key = (lifetime, re.sub(r"^h\d+\.", "h*.", name))
+        count, total = expected.get(key, (0, 0))
+        expected[key] = (count + 1, total + size)
+    assert {(row.lifetime, row.name): (row.count, row.bytes) for row in report.rows} == expected
+    for row in report.rows:
+        assert row.mib == pytest.approx(row.bytes / MIB, abs=0.00051)  # three decimals
+
+
+@pytest.mark.parametrize(("flags", "sizes", "options"), CONFIGURATIONS, ids=[row[0] for row in CONFIGURATIONS])
+def test_the_listed_sizes_add_up(dry_run, flags, sizes, options):
+    """Memory that is shared counts once, as large as its largest; padding is below 256 bytes a buffer."""
+    report = dry_run(f"{SMALL} {flags}")
+    assert [row.name for row in report.rows if row.other] == ["logits"]
+    sums = dict.fromkeys(LIFETIMES, 0)
+    buffers = dict.fromkeys(LIFETIMES, 0)
+    for row in report.rows:
+        if row.other is None:
+            shared = [row.bytes, *(other.bytes for other in report.rows if other.other == row.name)]
+            sums[row.lifetime] += max(shared)
+            buffers[row.lifetime] += row.count
+    for lifetime in LIFETIMES:
+        assert 0 <= report.totals[lifetime] - sums[lifetime] < ALIGNMENT * buffers[lifetime]
+    assert report.totals["total"] == sum(report.totals[lifetime] for lifetime in LIFETIMES)
+
+
+def fits(gib, B, T, world_size, stage, recompute, **options):
+    options = {"batch_size": B, "seq_len": T, "zero_stage": stage, "recompute": recompute, **options}
+    return sum(allocated(plan(SIZES, world_size, **options)).values()) <= round(gib * 2**30)
+
+
+@pytest.mark.parametrize("gib", ["0.001", "0.0027", "0.01", "0.1"])
+@pytest.mark.parametrize(
+    "flags", ["-t 15", "-t 32 --precision bf16 --grad-dtype fp32", "-t 16 -pn 8", "-t 16 -b 2 -pn 3"]
+)
+def test_largest_batch(dry_run, gib, flags):
+    report = dry_run(f"{SMALL} {flags} --memory {gib}")
+    words = flags.split()
+    T, P = int(words[1]), int(words[words.index("-pn") + 1]) if "-pn" in words else 1
+    options = {"precision": "bf16", "grad_dtype": "fp32"} if "bf16" in words else {}
+    assert list(report.largest) == [(stage, r) for stage in (range(4) if P > 1 else [0]) for r in (0, 1, 2)]
+    for (stage, recompute), B in report.largest.items():
+        assert B == 0 or fits(float(gib), B, T, P, stage, recompute, **options)
+        assert not fits(float(gib), B + 1, T, P, stage, recompute, **options)
+
+
+def test_less_memory_fits_less(dry_run):
+    tiny, small = dry_run(f"{SMALL} -t 16 --memory 0.0001"), dry_run(f"{SMALL} -t 16 --memory 0.01")
+    assert set(tiny.largest.values()) == {0} and not tiny.fits
+    assert re.findall(r"\bnone$", tiny.text, re.MULTILINE) == ["none"] * 3
+    assert 0 < small.largest[0, 0] < small.largest[0, 1] < small.largest[0, 2]  # recomputation pays
+    assert small.fits
+
+
+def test_a_total_that_just_fits(dry_run):
+    total = dry_run(f"{SMALL} -t 16 -b 5").totals["total"]
+    enough, short = (dry_run(f"{SMALL} -t 16 -b 5 --memory {size / 2**30:.12f}") for size in (total, total - 1))
+    assert (enough.fits, enough.largest[0, 1]) == (True, 5)
+    assert (short.fits, short.largest[0, 1]) == (False, 4)
+
+
+def test_a_long_context(dry_run):
+    """The core refuses batches of 2^31 tokens, so the search must not ask for them."""
+    report = dry_run("-e custom:l=1,c=8,h=1,t=1048576,v=65 -t 1048576 -b 1 -g 4 --memory 100000")
+    assert report.largest[0, 2] == 2047  # 2^31 - 1 tokens at most
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_processes_share_what_the_stage_says(dry_run, stage):
+    flags = f"{SMALL} -t 16 -b 4"
+    alone, report = dry_run(flags), dry_run(f"{flags} -pn 8 -z {stage}")
+    assert "8 process(es)" in report.text and f" -z {stage}," in report.text
+    expected = allocated(plan(SIZES, 8, batch_size=4, seq_len=16, zero_stage=stage))
+    assert {name: report.totals[name] for name in LIFETIMES} == expected
+    assert report.totals["activations"] == alone.totals["activations"]  # B is per process
+    sizes = [{row.name: row.bytes for row in of.rows} for of in (alone, report)]
+    for name, first_stage in (("m", 1), ("v", 1), ("gradients", 2), ("parameters", 3)):
+        parts = 8 if stage >= first_stage else 1
+        # A part of each of the 4 units (embeddings, two blocks, last layernorm) is padded by less than 128 numbers.
+        padding = sizes[1][name] - sizes[0][name] / parts
+        assert 0 <= padding < 8 / parts * 4 * 128 * 4
+    assert report.need[stage, 1] == pytest.approx(report.totals["total"] / MIB, abs=0.051)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_process_has_nothing_to_cut(dry_run, stage):
+    alone, report = dry_run(f"{SMALL} -t 16"), dry_run(f"{SMALL} -t 16 -z {stage}")
+    assert report.totals == alone.totals and list(report.largest) == list(alone.largest)
+
+
+def test_memory_is_this_machines(dry_run, monkeypatch):
+    monkeypatch.setattr(llmc.dry_run, "memory_bytes", lambda: 3 * 2**30)
+    assert re.search(r"^total: .* of 3072\.0 MiB: fits$", dry_run(f"{SMALL} -t 16").text, re.MULTILINE)
+    text = dry_run(f"{SMALL} -t 16 --memory 80").text
+    assert "of 81920.0 MiB: fits" in text and "what fits into 80.0 GiB at -t 16:" in text
+
+
+def test_micro_steps(dry_run):
+    assert ", 3 micro-step(s)" in dry_run(f"{SMALL} -t 16 -b 2 -d 768 -pn 8").text
+    assert ", 1 micro-step(s)" in dry_run(f"{SMALL} -t 16 -b 2").text
+
+
+def write(path, *slots, content=b""):
+    path.write_bytes(struct.pack("<256i", *slots, *[0] * (256 - len(slots))) + content)
+
+
+def write_data(directory, vocab_size):
+    data = directory / "data"
+    data.mkdir()
+    write(data / "a_train_0.bin", 20240520, 1, 4, content=struct.pack("<4H", 0, 1, 2, 3))
+    write(data / "tokenizer.bin", 20240328, 2, vocab_size, 0, content=b"\1a" * vocab_size)
+
+
+def test_nothing_is_written_or_allocated(dry_run, directory, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a dry run allocates no model")
+
+    monkeypatch.setattr(_C, "GPT2", refuse)
+    dry_run(f"{SMALL} -t 16 -o out -n 5")
+    dry_run("-e d48 -t 1024 -b 16 --memory 80")
+    assert list(directory.iterdir()) == []
+
+
+def test_a_model_file(dry_run, directory):
+    """Of the file only the header matters, and it has the right length; its weights are never read."""
+    V, C, L, T = 128, 32, 2, 32
+    N = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    write(directory / "m.bin", 20240326, 3, 32, 65, 2, 2, 32, 128)
+    with open("m.bin", "r+b") as file:
+        file.truncate(1024 + 4 * N)
+    before = {path: path.stat() for path in directory.iterdir()}
+    report = dry_run("-e m.bin -t 16 -g 4")
+    assert report.text.startswith(f"m.bin: {N} parameters, fp32, ")
+    assert report.totals == dry_run(f"{SMALL} -t 16").totals
+    after = {path: path.stat() for path in directory.iterdir()}
+    assert {path: stat.st_mtime_ns for path, stat in after.items()} == {
+        path: stat.st_mtime_ns for path, stat in before.items()
+    }
+
+
+def test_the_vocabulary_of_the_data(dry_run, directory):
+    write_data(directory, vocab_size=200)
+    custom = "-e custom:l=2,c=32,h=2,t=32 -t 16 -g 4"
+    explicit = dry_run("-e custom:l=2,c=32,h=2,t=32,v=200 -t 16 -g 4").totals
+    assert dry_run(f"{custom} -i data/a_*.bin").totals == explicit
+    assert dry_run(f"{custom} --tokenizer data/tokenizer.bin").totals == explicit
+    (directory / "data/tokenizer.bin").unlink()
+    with pytest.raises(UsageError, match=r"add ,v=SIZE"):
+        dry_run(f"{custom} -i data/a_*.bin")
+    with pytest.raises(RunError, match=r"no token shards match none_\*\.bin"):
+        dry_run(f"{custom} -i none_*.bin")
+
+
+def test_an_explicit_vocabulary_needs_no_data_wherever_it_stands(dry_run):
+    assert dry_run("-e custom:v=65,l=2,c=32,h=2,t=32 -t 16 -g 4").totals == dry_run(f"{SMALL} -t 16").totals
+
+
+ERRORS = [
+    ("-t 33", UsageError, "-t 33 is longer than the context of -e custom:l=2,c=32,h=2,t=32,v=65: 32"),
+    ("-t 16 -b 2 -d 300 -pn 8", UsageError, "-d 300 is not a multiple of 256"),
+    ("-t 16 -e gpt5", UsageError, "-e gpt5 is no model"),
+    ("-t 16 -e custom:l=2,c=33,h=2,t=32,v=65", UsageError, "33 channels in 2 heads"),
+    ("-t 16 -e missing.bin", RunError, "missing.bin"),
+    ("-t 16 --tokenizer missing.bin", RunError, "missing.bin"),
+    ("-t 16 -w 0", UsageError, "-w 0 has no effect in fp32"),
+    ("-t 16 --grad-dtype bf16", UsageError, "--grad-dtype bf16 needs --precision bf16"),
+]
+
+
+@pytest.mark.parametrize(("flags", "kind", "message"), ERRORS, ids=[row[0] for row in ERRORS])
+def test_errors(dry_run, capsys, flags, kind, message):
+    with pytest.raises(kind) as caught:
+        dry_run(f"{SMALL} {flags}")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""  # nothing before the check
