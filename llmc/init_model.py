@@ -1,91 +1,121 @@
 """llmc-init: a model file with seeded random weights, and the tokenizer that belongs to it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc import models
+from llmc.binfile import atomic_write
+from llmc.build import bytes_by_lifetime, memory_plan
 from llmc.errors import RunError, UsageError
 from llmc.machine import memory_bytes
-from llmc.model_file import FileDtype, ModelShape, save_model
+from llmc.model_file import ITEM_BYTES, FileDtype, ModelShape, save_model
 from llmc.tokenizer import LLMC_FILES, Tokenizer, chess_token_bytes, gpt2, tokenizer_bytes
 
-
-@dataclass(frozen=True)
-class TokenizerFile:
-    path: Path
-    content: bytes
+if TYPE_CHECKING:
+    from llmc import _C
 
 
 def init_model(
-    descriptor: str, out: Path | None, precision: FileDtype, seed: int, tokenizer_source: Path | None
-) -> list[str]:
-    """Write both files and return a line for each. An existing file is never replaced: RunError before the first write."""
+    descriptor: str, out: Path | None, precision: FileDtype, seed: int, tokenizer: Path | None
+) -> Iterator[str]:
+    """Write both files, and yield a line for each. RunError or UsageError, before the first write, if that cannot be.
+
+    descriptor: as of llmc-train -e; out: name of the model file, None for llm.c's; tokenizer: file to take the
+    vocabulary size from and to copy. No file is ever replaced.
+    """
+    source = Tokenizer(tokenizer) if tokenizer else None
+    shape = resolve(descriptor, source)
+    path = out or Path(f"{models.file_stem(descriptor, shape)}{'_bf16' if precision == 'bf16' else ''}.bin")
+    beside = tokenizer_of(shape, source)
+    check_paths(path, beside)
+    save_model(path, shape, precision, random_model(descriptor, shape, precision, seed).parameters())
+    yield (
+        f"{path}: {shape.num_layers} layers, {shape.channels} channels, {shape.num_heads} heads, "
+        f"context {shape.max_seq_len}, vocabulary {shape.vocab_size}, "
+        f"{shape.num_parameters:,} parameters in {precision}, {path.stat().st_size:,} bytes"
+    )
+    if beside is None:
+        yield (
+            f"no tokenizer is known for a vocabulary of {shape.vocab_size} tokens: "
+            "give its file with --tokenizer, or copy it to tokenizer.bin"
+        )
+        return
+    name, content = beside
+    vocabulary = f"{path.with_name(name)}: vocabulary of {shape.vocab_size:,} tokens"
+    if path.with_name(name).exists():
+        yield f"{vocabulary} (was there already)"
+    else:
+        with atomic_write(path.with_name(name)) as file:
+            file.write(content)
+        yield f"{vocabulary}, {len(content):,} bytes"
+
+
+def resolve(descriptor: str, source: Tokenizer | None) -> ModelShape:
+    """The sizes of the model, whose vocabulary must be that of `source`."""
+    custom = descriptor.startswith("custom:")
+    if not custom and descriptor not in models.named_models():
+        raise UsageError(f"{descriptor} is no model: use one of " + "; ".join(models.DESCRIPTORS))
+    if custom and source is None and "v=" not in descriptor and "t=" in descriptor:
+        raise UsageError(f"{descriptor} has no vocabulary size: add ,v=SIZE or give a tokenizer file with --tokenizer")
+    try:
+        shape = models.resolve(descriptor, source.vocab_size if source else None)
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("-e ")) from None
+    if source and source.vocab_size != shape.vocab_size:
+        raise RunError(
+            f"--tokenizer {source.path} has {source.vocab_size} tokens, the model {descriptor} {shape.vocab_size}: "
+            f"give a tokenizer of {shape.vocab_size} tokens or another model"
+        )
+    return shape
+
+
+def tokenizer_of(shape: ModelShape, source: Tokenizer | None) -> tuple[str, bytes] | None:
+    """Name and content of the file that belongs beside the model: `source`, or what the vocabulary size stands for."""
+    V = shape.vocab_size
+    if source:
+        return "tokenizer.bin", source.path.read_bytes()
+    if V == models.CHESS_VOCAB_SIZE:
+        return LLMC_FILES[V], tokenizer_bytes(chess_token_bytes(), models.END_OF_TEXT_IDS[V])
+    if V == models.GPT2_VOCAB_SIZE:
+        return LLMC_FILES[V], tokenizer_bytes(gpt2().token_bytes(), models.END_OF_TEXT_IDS[V])
+    return None
+
+
+def check_paths(path: Path, beside: tuple[str, bytes] | None) -> None:
+    if path.suffix != ".bin":
+        raise UsageError(f"--out {path}: the name of a model file ends in .bin, such as model.bin")
+    if path.name in ("tokenizer.bin", *LLMC_FILES.values()):
+        raise UsageError(f"--out {path} is the name of the tokenizer file: choose another")
+    if not path.parent.is_dir():
+        raise RunError(f"--out {path}: {path.parent} is not a directory; make it or choose another one")
+    if path.exists():
+        raise RunError(f"{path} exists: remove it or choose another name with --out")
+    if beside and (tokenizer := path.with_name(beside[0])).exists() and tokenizer.read_bytes() != beside[1]:
+        raise RunError(
+            f"{tokenizer} exists and is not the tokenizer of this model: "
+            "remove it or choose another directory with --out"
+        )
+
+
+def random_model(descriptor: str, shape: ModelShape, precision: FileDtype, seed: int) -> "_C.GPT2":
     from llmc import _C
 
-    source = Tokenizer(tokenizer_source) if tokenizer_source else None
-    shape = models.resolve(descriptor, source.vocab_size if source else None)
-    path = out or Path(file_name(descriptor, shape, precision))
-    tokenizer = tokenizer_file(path.parent, shape, source)
-    if path.exists():
-        raise RunError(f"{path} exists already: remove it, or choose another name with --out")
-    if tokenizer and tokenizer.path.exists() and tokenizer.path.read_bytes() != tokenizer.content:
-        raise RunError(f"{tokenizer.path} exists already, and is another tokenizer: remove it, or choose another --out")
     try:
         config = _C.GPT2Config(**asdict(shape))
     except _C.Error as error:
-        raise UsageError(f"{descriptor}: {error}") from error
+        raise RunError(f"{descriptor}: {error}") from error
     options = _C.Options(batch_size=1, seq_len=1, precision=precision)
-    needed = sum(
-        size for _, lifetime, *_, size in _C.plan(config, options) if lifetime in ("parameters", "activations")
-    )
-    if needed > memory_bytes():
+    lifetimes = bytes_by_lifetime(memory_plan(config, options))
+    draws = max(shape.padded_vocab_size, shape.max_seq_len, 4 * shape.channels) * shape.channels  # in fp32, and rounded
+    needed = lifetimes["parameters"] + lifetimes["activations"] + (4 + ITEM_BYTES[precision]) * draws
+    available = memory_bytes()
+    if needed > available:
         raise RunError(
-            f"{descriptor} needs {needed // 2**20} MiB of memory, this machine has {memory_bytes() // 2**20} MiB: "
-            "choose a smaller model"
+            f"{descriptor} needs {needed // 2**20} MiB of memory to be made, this machine has "
+            f"{available // 2**20} MiB: use a smaller model"
         )
     model = _C.GPT2(config, options)
     model.init_random(seed)
-    save_model(path, shape, precision, model.parameters())
-    lines = [
-        f"{path}: {descriptor}, {shape.num_parameters} parameters in {precision}, random with seed {seed}, "
-        f"{path.stat().st_size} bytes"
-    ]
-    if tokenizer is None:
-        return [
-            *lines,
-            f"no tokenizer is known for {shape.vocab_size} tokens: one given with --tokenizer is copied here",
-        ]
-    if not tokenizer.path.exists():
-        try:
-            tokenizer.path.write_bytes(tokenizer.content)
-        except OSError as error:
-            raise RunError(f"cannot write {tokenizer.path}: {error.strerror or error}") from error
-    return [*lines, f"{tokenizer.path}: its tokenizer of {shape.vocab_size} tokens"]
-
-
-def file_name(descriptor: str, shape: ModelShape, precision: FileDtype) -> str:
-    """llm.c's name for it, as chessGPT_d8_bf16.bin and gpt2_d12.bin; custom_l4_c128_h4_t64_v65_bf16.bin."""
-    family, _, size = descriptor.rpartition(":")
-    if family == "custom" and "v=" not in size:
-        size += f",v={shape.vocab_size}"
-    name = {"": "gpt2", "chess": "chessGPT"}.get(family, family)
-    size = size.replace("=", "").replace(",", "_")
-    return f"{name}_{size}{'_bf16' if precision == 'bf16' else ''}.bin"
-
-
-def tokenizer_file(directory: Path, shape: ModelShape, source: Tokenizer | None) -> TokenizerFile | None:
-    """What belongs beside the model: a copy of the given tokenizer, or the one that the vocabulary size stands for."""
-    V = shape.vocab_size
-    if source:
-        if source.vocab_size != V:
-            raise UsageError(
-                f"--tokenizer {source.path} has {source.vocab_size} tokens, the model {V}: they must agree"
-            )
-        return TokenizerFile(directory / "tokenizer.bin", source.path.read_bytes())
-    if V == models.CHESS_VOCAB_SIZE:
-        content = tokenizer_bytes(chess_token_bytes(), models.END_OF_TEXT_IDS[V])
-    elif V == models.GPT2_VOCAB_SIZE:
-        content = tokenizer_bytes(gpt2().token_bytes(), models.END_OF_TEXT_IDS[V])
-    else:
-        return None
-    return TokenizerFile(directory / LLMC_FILES[V], content)
+    return model

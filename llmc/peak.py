@@ -1,13 +1,13 @@
 """What NVIDIA GPUs could do at best: the denominator of model flops utilisation.
 
-A peak is SMs x clock x flops per SM and clock of dense matrix products (no sparsity) with fp32 accumulation. Except where
-noted, the clock is the boost clock; of laptops, whose makers choose it, the upper end of NVIDIA's range.
+A peak is SMs x clock x flops per SM and clock of dense matrix products (no sparsity) with fp32 accumulation. Except
+where noted, the clock is the boost clock; of laptops, whose makers choose it, the upper end of NVIDIA's range.
 """
 
 from typing import Literal
 
-# Flops per SM and clock with bf16 inputs; TF32 has half of them. GeForce cards, and the L40, halve the rate of their chip
-# when the sums are fp32; professional cards have it in full.
+# Flops per SM and clock with bf16 inputs; TF32 has half of them. GeForce cards, and the L40, halve the rate of their
+# chip when the sums are fp32; professional cards have it in full.
 GA100 = 2048
 GA10X = AD10X = 1024
 GEFORCE = HALF_RATE = 512

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from llmc.cli import Parser, run
-from llmc.config import INT32_MAX
 from llmc.models import DESCRIPTORS
 
 
@@ -14,38 +13,33 @@ def main() -> None:
 
 def _main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
-    from llmc.init_model import init_model  # waits for torch, which --help need not
+    from llmc.init_model import init_model  # needs torch, which takes a while: not for --help
 
-    lines = init_model(arguments.descriptor, arguments.out, arguments.precision, arguments.seed, arguments.tokenizer)
-    print(*lines, sep="\n")
+    for line in init_model(
+        arguments.descriptor, arguments.out, arguments.precision, arguments.seed, arguments.tokenizer
+    ):
+        print(line, flush=True)
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="llmc-init",
-        description="Write a model file (.bin) with seeded random weights, GPT-2's initialisation, and its tokenizer "
-        "beside it. llmc-init chess:d8 makes the file that llmc-train starts from without flags.",
-        epilog="Model descriptors: " + "; ".join(DESCRIPTORS) + ".",
+        description="Write a model file with seeded random weights (GPT-2's initialisation) and its tokenizer beside\n"
+        "it. `llmc-init chess:d8` makes the file that llmc-train starts from without -e.",
+        epilog="Descriptors:\n  " + "\n  ".join(DESCRIPTORS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("descriptor", metavar="DESCRIPTOR", help="the model, as for llmc-train -e")
-    parser.add_argument(
-        "--out", type=_model_file, metavar="FILE.bin", help="model file (default: llm.c's name, as gpt2_d12_bf16.bin)"
-    )
+    parser.add_argument("descriptor", metavar="DESCRIPTOR", help="the model, see below")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the model file (default: llm.c's name for it)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the file (default: bf16)")
-    parser.add_argument("--seed", type=_seed, default=42, metavar="N", help="of the weights (default: 42)")
+    parser.add_argument("--seed", type=_seed, default=42, metavar="N", help="of the random weights (default: 42)")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer of a custom vocabulary: gives its size, and is copied"
+        "--tokenizer", type=Path, metavar="FILE", help="gives the vocabulary size of a custom model, and is copied"
     )
     return parser
 
 
-def _model_file(value: str) -> Path:
-    if not value.endswith(".bin"):
-        raise argparse.ArgumentTypeError(f"{value!r} is no name for a model file: it must end in .bin")
-    return Path(value)
-
-
 def _seed(value: str) -> int:
-    if not value.isascii() or not value.isdecimal() or int(value) > INT32_MAX:
-        raise argparse.ArgumentTypeError(f"{value!r} is no seed: it must be a whole number from 0 to {INT32_MAX}")
+    if not value.isascii() or not value.isdecimal() or int(value) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 0 to {2**32 - 1}, such as 42")
     return int(value)
