@@ -101,8 +101,7 @@ def read_state(path: PathLike, num_parameters: int | None = None) -> TrainState:
         raise RunError(f"{path} is of another model: it has the state of {stated} parameters, the model has {N}")
     has_master, shuffle = flag(path, header, 4), flag(path, header, 5)
     with open(path, "rb") as file:
-        file.seek(HEADER_BYTES + 4 * N * (3 if has_master else 2))
-        reader = Reader(Path(path), file)
+        reader = Reader(Path(path), file, HEADER_BYTES + 4 * N * (3 if has_master else 2))
         loader = reader.loader(word(header, 30), word(header, 32)) if shuffle else unshuffled(header)
         windows = reader.windows()
     return TrainState(
@@ -128,12 +127,13 @@ def map_arrays(path: PathLike, state: TrainState) -> dict[str, np.ndarray]:
 
 
 class Reader:
-    """Reads what follows the arrays, never more than the file has."""
+    """Reads what follows the arrays, which end at `offset`, never more than the file has."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, offset: int) -> None:
         self.path, self.file = path, file
-        self.left = os.fstat(file.fileno()).st_size - file.tell()
+        self.left = os.fstat(file.fileno()).st_size - offset
         self._require(0, "the optimizer state")
+        file.seek(offset)
 
     def loader(self, shard_index: int, next_sample: int) -> LoaderState:
         shard_order = self._order("the order of the shards")
@@ -159,7 +159,7 @@ class Reader:
         try:
             fields = json.loads(raw)
             return numbers_of(fields["loss_window"]), numbers_of(fields["norm_window"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RunError(f"{self.path} is damaged: its trailer cannot be read ({error})") from None
 
     def _order(self, what: str) -> np.ndarray:

@@ -283,8 +283,9 @@ def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     ]
     monkeypatch.setattr(init_model, "memory_bytes", lambda: parameters + draws + 2**20)  # activations of one token
     call(descriptor)
+    capsys.readouterr()
     monkeypatch.setattr(init_model, "memory_bytes", lambda: 2**30)
-    assert refuse(capsys, 1, "gpt3:c12288").startswith("gpt3:c12288 needs 33")  # 174.6e9 parameters in GiB
+    assert refuse(capsys, 1, "gpt3:c12288").startswith("gpt3:c12288 needs 33")  # 174.6e9 parameters: 333 thousand MiB
 
 
 def test_help_comes_without_torch() -> None:

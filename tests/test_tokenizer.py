@@ -13,6 +13,7 @@ from llmc.errors import RunError
 from llmc.tokenizer import (
     CharTokenizer,
     Tokenizer,
+    chess_token_bytes,
     dataset_tokenizer,
     gpt2,
     working_directory_tokenizer,
@@ -145,6 +146,15 @@ def test_gpt2_round_trip_through_its_file(tmp_path: Path) -> None:
     vocabulary = json.loads(gpt2_file("encoder.json").read_text(encoding="utf-8"))
     assert (tmp_path / "t.bin").stat().st_size == 1024 + sum(1 + len(token) for token in vocabulary)
     assert [tokenizer.decode([id]) for id in (0, 198, 220, 262, 50255)] == [b"!", b"\n", b" ", b" the", b" gazed"]
+
+
+def test_chess() -> None:
+    tokens = chess_token_bytes()
+    assert len(tokens) == len(set(tokens)) == 72
+    assert tokens[:4] == [b"<|pad|>", b"<|startoftext|>", b"<|endoftext|>", b"<|unknown|>"]
+    assert tokens[68:] == [b"Q", b"B", b"R", b"N"]
+    for square, id in {b"a1": 4, b"b1": 5, b"h1": 11, b"a2": 12, b"e4": 32, b"h8": 67}.items():  # 4 + file + 8 * rank
+        assert tokens[id] == square
 
 
 class Distribution:

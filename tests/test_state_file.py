@@ -1,0 +1,265 @@
+"""State files: llm.c's, laid out by hand, are read; ours are taken apart by hand; damaged ones are refused by name."""
+
+import dataclasses
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from llmc.data.loader import DataLoader, LoaderState
+from llmc.errors import RunError
+from llmc.state_file import TrainState, map_arrays, read_state, write_state
+
+N = 7
+
+
+def generator_block(left, position, key, seed=0xDEADBEEF):
+    return struct.pack("<QiI", seed, left, position) + key.astype("<u4").tobytes() + struct.pack("<2I", 0, 0x9908B0DF)
+
+
+KEY = np.random.default_rng(0).integers(0, 2**32, 624, dtype=np.uint32)
+
+
+def state_of_llm_c(master=True, shuffle=True, left=525, position=100, shards=(2, 0, 1), samples=(3, 1, 0, 2)):
+    """As llm.c writes it: N is not in the header, nothing follows the loader's block."""
+    slots = [0] * 256
+    slots[0:6] = [20240527, 1, 1, 0, int(master), int(shuffle)]
+    slots[10] = 300
+    raw = bytearray(struct.pack("<256i", *slots))
+    struct.pack_into("<QQ", raw, 4 * 20, 0x123456789ABCDEF0, 0xFEDCBA9876543210)
+    struct.pack_into("<QQ", raw, 4 * 30, 1, 2)
+    for i in range(3 if master else 2):
+        raw += (np.arange(N) + 100.5 * i).astype("<f4").tobytes()
+    if shuffle:
+        raw += struct.pack(f"<Q{len(shards)}i", len(shards), *shards)
+        raw += struct.pack(f"<Q{len(samples)}i", len(samples), *samples)
+        raw += generator_block(left, position, KEY)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_file_of_llm_c(tmp_path, master, shuffle):
+    path = tmp_path / "state_00000300_00000.bin"
+    path.write_bytes(state_of_llm_c(master, shuffle))
+    state = read_state(path, N)
+    assert (state.step, state.world_size, state.rank, state.zero_stage) == (300, 1, 0, 0)
+    assert (state.has_master, state.num_parameters) == (master, N)
+    assert (state.rng_state, state.last_update_rng_state) == (0x123456789ABCDEF0, 0xFEDCBA9876543210)
+    assert (state.loss_window, state.norm_window) == ((), ())
+    loader = state.loader
+    assert (loader.shuffle, loader.shard_index, loader.next_sample) == (shuffle, 1, 2)
+    if shuffle:
+        assert loader.shard_order.tolist() == [2, 0, 1]
+        assert loader.sample_order.tolist() == [3, 1, 0, 2]
+        assert np.array_equal(loader.generator, KEY)
+        assert loader.position == 100
+    arrays = map_arrays(path, state)
+    assert list(arrays) == (["m", "v", "master"] if master else ["m", "v"])
+    for i, array in enumerate(arrays.values()):
+        assert array.tolist() == [k + 100.5 * i for k in range(N)]
+    with pytest.raises(RunError, match="does not say how many parameters it is for"):
+        read_state(path)
+
+
+@pytest.mark.parametrize(
+    ("left", "position", "expected"),
+    [(1, 0, 624), (1, 624, 624), (624, 1, 1), (2, 623, 623)],  # just seeded; used up; one number drawn; one left
+)
+def test_positions_of_the_generator(tmp_path, left, position, expected):
+    (tmp_path / "s.bin").write_bytes(state_of_llm_c(left=left, position=position))
+    assert read_state(tmp_path / "s.bin", N).loader.position == expected
+
+
+def our_state(master=True, shuffle=True, position=17):
+    order = np.array([1, 0], np.int32), np.array([4, 2, 0, 1, 3], np.int32)
+    empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    return TrainState(
+        step=41,
+        world_size=1,
+        rank=0,
+        zero_stage=0,
+        has_master=master,
+        num_parameters=N,
+        rng_state=2**64 - 2,
+        last_update_rng_state=2**63 + 5,
+        loader=LoaderState(shuffle, 1, 5, *(order if shuffle else empty), KEY, position),
+        loss_window=(0.1, 1e-300, 1 / 3, 4.170298),
+        norm_window=(1e300, 5e-324),
+    )
+
+
+def write(path, state):
+    names = ("m", "v", "master") if state.has_master else ("m", "v")
+    # In pieces, of any shape and dtype that holds the values.
+    write_state(path, state, {n: [torch.full((2, 3), i + 0.5), torch.tensor([-1.0])] for i, n in enumerate(names)})
+
+
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_is_written_is_what_llm_c_reads(tmp_path, master, shuffle):
+    path = tmp_path / "state.bin"
+    write(path, our_state(master, shuffle))
+    raw = path.read_bytes()
+    slots = struct.unpack_from("<256i", raw)
+    assert slots[:6] == (20240527, 1, 1, 0, int(master), int(shuffle))
+    assert slots[10] == 41
+    assert struct.unpack_from("<QQ", raw, 4 * 20) == (2**64 - 2, 2**63 + 5)
+    assert struct.unpack_from("<QQ", raw, 4 * 30) == (1, 5)
+    assert struct.unpack_from("<Q", raw, 4 * 12) == (N,)  # ours
+    used = {0, 1, 2, 3, 4, 5, 10, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33}
+    assert not any(slot for i, slot in enumerate(slots) if i not in used)
+    offset = 1024
+    for i in range(3 if master else 2):
+        assert struct.unpack_from(f"<{N}f", raw, offset) == (*[i + 0.5] * 6, -1.0)
+        offset += 4 * N
+    if shuffle:
+        assert struct.unpack_from("<Q2i", raw, offset) == (2, 1, 0)
+        assert struct.unpack_from("<Q5i", raw, offset + 16) == (5, 4, 2, 0, 1, 3)
+        offset += 16 + 28
+        assert raw[offset : offset + 2520] == generator_block(625 - 17, 17, KEY, seed=0)
+        offset += 2520
+    magic, length = struct.unpack_from("<iQ", raw, offset)
+    assert (magic, offset + 12 + length) == (20261124, len(raw))
+
+
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("position", [1, 300, 624])
+def test_round_trip(tmp_path, master, shuffle, position):
+    state = our_state(master, shuffle, position)
+    write(tmp_path / "state.bin", state)
+    for count in (None, N):
+        found = read_state(tmp_path / "state.bin", count)
+        for field in dataclasses.fields(TrainState):
+            if field.name != "loader":
+                assert getattr(found, field.name) == getattr(state, field.name)
+        for field in dataclasses.fields(LoaderState):
+            if shuffle or field.name in ("shuffle", "shard_index", "next_sample"):
+                assert np.array_equal(getattr(found.loader, field.name), getattr(state.loader, field.name))
+
+
+def changed(raw, offset, layout, *values):
+    raw = bytearray(raw)
+    struct.pack_into(layout, raw, offset, *values)
+    return bytes(raw)
+
+
+BLOCK = 1024 + 12 * N  # where the loader's block begins in a file with master weights
+TRAILER = BLOCK + 16 + 28 + 2520
+DAMAGES = {
+    "another kind": (lambda raw: changed(raw, 0, "<i", 20240326), "is not a training state: it is a model checkpoint"),
+    "no kind": (lambda raw: changed(raw, 0, "<i", 5), "is not a training state: its magic number is 5"),
+    "version": (lambda raw: changed(raw, 4, "<i", 2), "training state of version 2, this program reads version 1"),
+    "master flag": (lambda raw: changed(raw, 16, "<i", 2), "header slot 4 is 2, expected 0 or 1"),
+    "shuffle flag": (lambda raw: changed(raw, 20, "<i", -1), "header slot 5 is -1, expected 0 or 1"),
+    "other model": (lambda raw: changed(raw, 48, "<q", 8), "is of another model: it has the state of 8 parameters"),
+    "no master after all": (lambda raw: changed(raw, 16, "<i", 0), "is truncated or of another model"),
+    "header": (lambda raw: raw[:1000], "it has 1000 bytes, the header alone takes 1024"),
+    "in m": (lambda raw: raw[:1030], "the optimizer state needs 78 more bytes than it has"),
+    "before the block": (lambda raw: raw[: BLOCK + 3], "the order of the shards needs 5 more bytes"),
+    "in the samples": (lambda raw: raw[: BLOCK + 16 + 20], "the order of the samples needs 8 more bytes"),
+    "in the generator": (lambda raw: raw[: TRAILER - 1], "the shuffle's generator needs 1 more bytes"),
+    "in the trailer": (lambda raw: raw[: TRAILER + 5], "the trailer needs 7 more bytes"),
+    "at the end": (lambda raw: raw[:-1], "the trailer needs 1 more bytes"),
+    "too long": (lambda raw: raw + b"xy", "is too long: 2 bytes follow the trailer"),
+    "absurd shards": (lambda raw: changed(raw, BLOCK, "<Q", 2**60), "the order of the shards needs"),
+    "absurd samples": (lambda raw: changed(raw, BLOCK + 16, "<Q", 2**61), "the order of the samples needs"),
+    "absurd trailer": (lambda raw: changed(raw, TRAILER + 4, "<Q", 2**62), "the trailer needs"),
+    "generator": (lambda raw: changed(raw, TRAILER - 2520 + 8, "<i", 9), "generator has 9 numbers left at 17"),
+    "trailer magic": (lambda raw: changed(raw, TRAILER, "<i", 3), "bytes do not belong to it"),
+    "trailer text": (lambda raw: changed(raw, TRAILER + 12, "<c", b"["), "its trailer cannot be read"),
+    "trailer value": (lambda raw: raw.replace(b"0.1,", b"NaN,"), "its trailer cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_files_are_refused_by_name(tmp_path, case):
+    path = tmp_path / "state_00000041_00000.bin"
+    write(path, our_state())
+    change, message = DAMAGES[case]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(RunError) as caught:
+        read_state(path, N)
+    assert str(path) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RunError, match=r"cannot read training state .*no\.bin: No such file or directory"):
+        read_state(tmp_path / "no.bin", N)
+
+
+def test_mutations_never_crash(tmp_path):
+    """Whatever the bytes say: a state or one clear error, never more memory than the file has."""
+    path = tmp_path / "state.bin"
+    write(path, our_state())
+    good = path.read_bytes()
+    generator = random.Random(5)
+    refused = 0
+    for _ in range(400):
+        raw = bytearray(good)
+        for _ in range(generator.randint(1, 3)):
+            raw[generator.choice([generator.randrange(len(raw)), generator.randrange(136)])] = generator.randrange(256)
+        path.write_bytes(raw[: generator.choice([len(raw), generator.randrange(len(raw))])])
+        try:
+            read_state(path, generator.choice([N, None]))
+        except RunError:
+            refused += 1
+    assert 200 < refused < 400
+
+
+def shards(directory, capacities, tokens_per_sample):
+    for i, capacity in enumerate(capacities):
+        n = capacity * tokens_per_sample + 5
+        tokens = (np.arange(n) + 1000 * i).astype("<u2")
+        header = struct.pack("<3i", 20240520, 1, n).ljust(1024, b"\0")
+        (directory / f"t_{i}.bin").write_bytes(header + tokens.tobytes())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("rank", "world_size", "seed"), [(0, 1, 42), (0, 1, 7), (1, 2, 42)])
+def test_a_loader_goes_on_from_any_position(tmp_path, shuffle, rank, world_size, seed):
+    """Through a file, at every position of two epochs over shards of 3, 1 and 5 samples."""
+    shards(tmp_path, (3, 1, 5), 8 * world_size)
+
+    def loader():
+        return DataLoader(str(tmp_path / "t_*.bin"), 2, 4, rank, world_size, shuffle, seed)
+
+    straight = loader()
+    for _ in range(18):
+        state = dataclasses.replace(our_state(shuffle=shuffle), loader=straight.state())
+        write(tmp_path / "state.bin", state)
+        resumed = loader()
+        resumed.load_state(read_state(tmp_path / "state.bin", N).loader, "state.bin")
+        expected = straight.next_batch()
+        later = dataclasses.replace(our_state(shuffle=shuffle), loader=straight.state())
+        for _ in range(12):  # into the next epoch, whose order is drawn
+            batch = resumed.next_batch()
+            assert torch.equal(batch[0], expected[0]) and torch.equal(batch[1], expected[1])
+            expected = straight.next_batch()
+        straight = loader()
+        straight.load_state(later.loader, "later")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shuffle": False}, "state.bin is of a run with -a 1: resume it with that"),
+        ({"shard_order": np.array([0, 1])}, "state.bin is of a run over 2 shards, now there are 3"),
+        ({"shard_order": np.array([0, 1, 1])}, "state.bin is of a run over 3 shards"),
+        ({"shard_index": 3}, "it stands in shard 3 of 3"),
+        ({"shard_index": 2**63}, "of a run over other data"),
+        ({"sample_order": np.arange(4)}, "state.bin is of a run that read 4 batches from"),
+        ({"sample_order": np.zeros(9, int)}, "state.bin is of a run that read 9 batches from"),
+        ({"next_sample": 10}, "state.bin stands at batch 10 of"),
+    ],
+)
+def test_positions_that_do_not_fit_the_data(tmp_path, change, message):
+    shards(tmp_path, (9, 9, 9), 8)
+    loader = DataLoader(str(tmp_path / "t_*.bin"), 2, 4, shuffle=True)
+    state = dataclasses.replace(loader.state(), **change)
+    with pytest.raises(RunError) as caught:
+        DataLoader(str(tmp_path / "t_*.bin"), 2, 4, shuffle=True).load_state(state, "state.bin")
+    assert message in str(caught.value)
