@@ -76,7 +76,10 @@ def total(buffers: list[Buffer]) -> int:
 def largest_batch(
     config: TrainConfig, shape: ModelShape, precision: FileDtype, recompute: int, stage: int, memory: int
 ) -> int:
-    """The largest B whose plan fits into `memory` bytes; 0: not even one row does."""
+    """A B whose plan fits into `memory` bytes while that of B + 1 does not; 0: not even one row does.
+
+    That is the largest one, but for small models: their total falls a little where the logits take one more chunk.
+    """
 
     def fits(batch_size: int) -> bool:
         return total(plan(config, shape, precision, batch_size, recompute, stage)) <= memory

@@ -1,6 +1,5 @@
 """llmc-init: a model file with seeded random weights, and the tokenizer that belongs to it."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 def init_model(
     descriptor: str, out: Path | None, precision: FileDtype, seed: int, tokenizer: Path | None
-) -> Iterator[str]:
-    """Write both files, and yield a line for each. RunError or UsageError, before the first write, if that cannot be.
+) -> tuple[str, str]:
+    """Write both files, and return a line for each. RunError or UsageError, before the first write, if that cannot be.
 
     descriptor: as of llmc-train -e; out: name of the model file, None for llm.c's; tokenizer: file to take the
     vocabulary size from and to copy. No file is ever replaced.
@@ -30,26 +29,25 @@ def init_model(
     path = out or Path(f"{models.file_stem(descriptor, shape)}{'_bf16' if precision == 'bf16' else ''}.bin")
     beside = tokenizer_of(shape, source)
     check_paths(path, beside)
-    save_model(path, shape, precision, random_model(descriptor, shape, precision, seed).parameters())
-    yield (
+    model = random_model(descriptor, shape, precision, seed)
+    vocabulary = f"no tokenizer is known for a vocabulary of {shape.vocab_size} tokens: "
+    vocabulary += "give its file with --tokenizer, or copy it to tokenizer.bin"
+    if beside:
+        name, content = beside
+        vocabulary = f"{path.with_name(name)}: vocabulary of {shape.vocab_size:,} tokens"
+        if path.with_name(name).exists():
+            vocabulary += " (was there already)"
+        else:
+            vocabulary += f", {len(content):,} bytes"
+            with atomic_write(path.with_name(name)) as file:
+                file.write(content)
+    save_model(path, shape, precision, model.parameters())  # last: a model without its tokenizer would bar a new try
+    written = (
         f"{path}: {shape.num_layers} layers, {shape.channels} channels, {shape.num_heads} heads, "
         f"context {shape.max_seq_len}, vocabulary {shape.vocab_size}, "
         f"{shape.num_parameters:,} parameters in {precision}, {path.stat().st_size:,} bytes"
     )
-    if beside is None:
-        yield (
-            f"no tokenizer is known for a vocabulary of {shape.vocab_size} tokens: "
-            "give its file with --tokenizer, or copy it to tokenizer.bin"
-        )
-        return
-    name, content = beside
-    vocabulary = f"{path.with_name(name)}: vocabulary of {shape.vocab_size:,} tokens"
-    if path.with_name(name).exists():
-        yield f"{vocabulary} (was there already)"
-    else:
-        with atomic_write(path.with_name(name)) as file:
-            file.write(content)
-        yield f"{vocabulary}, {len(content):,} bytes"
+    return written, vocabulary
 
 
 def resolve(descriptor: str, source: Tokenizer | None) -> ModelShape:

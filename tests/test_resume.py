@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_data import V, text, write_shard, write_tokenizer
 
 import llmc.train
 from llmc import _C, cli
@@ -20,25 +21,11 @@ from llmc.cli.train import _main as command
 from llmc.errors import RunError
 from llmc.model_file import read_model_header, save_model
 
-V = 65
 BASE = (
     "-e custom:l=2,c=32,h=2,t=32 -i data/t_train_*.bin -j data/t_val_*.bin -b 2 -t 16 -g 8 -v 7 -s 0 -m 2 "
     "-l 3e-3 -k linear -q 0.1 -c 0.1"
 )
 MODES = {"fp32": "", "bf16": "--precision bf16", "bf16 without master": "--precision bf16 -w 0"}
-
-
-def header(*slots):
-    return struct.pack("<256i", *slots, *[0] * (256 - len(slots)))
-
-
-def write_shard(path, tokens):
-    path.write_bytes(header(20240520, 1, len(tokens)) + struct.pack(f"<{len(tokens)}H", *tokens))
-
-
-def text(seed, n):
-    steps = np.random.default_rng(seed).integers(1, 4, n)
-    return [int(token) for token in np.cumsum(steps) % V]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +37,7 @@ def directory(tmp_path, monkeypatch):
     for i, batches in enumerate((15, 9, 3)):
         write_shard(data / f"t_train_{i}.bin", text(i, 32 * batches + 7))
     write_shard(data / "t_val_0.bin", text(9, 300))
-    (data / "tokenizer.bin").write_bytes(header(20240328, 2, V, 0) + b"".join(bytes([1, 33 + id]) for id in range(V)))
+    write_tokenizer(data / "tokenizer.bin", V)
     return tmp_path
 
 

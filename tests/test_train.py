@@ -2,11 +2,11 @@
 
 import functools
 import re
-import struct
 
 import numpy as np
 import pytest
 import torch
+from training_data import V, header, text, write_shard, write_tokenizer
 
 import llmc.prepare
 import llmc.train
@@ -16,7 +16,6 @@ from llmc.data.loader import DataLoader
 from llmc.errors import UsageError
 from llmc.model_file import ModelShape, save_model
 
-V = 65
 BASE = (
     "-e custom:l=2,c=32,h=2,t=32 -i data/t_train_*.bin -j data/t_val_*.bin -o out -b 2 -t 16 -g 8 -x 3 -v 0 -s 0 -m 2"
 )
@@ -26,27 +25,6 @@ STEP_LINE = re.compile(
     rf"\| norm +(?P<norm>{NUMBER}) \({NUMBER}z\)\| lr (?P<lr>{NUMBER}) \| {NUMBER} ms \| {NUMBER}% bf16 MFU "
     rf"\| \d+ tok/s \| (?P<percent>{NUMBER})% done \| \d+:\d\d:\d\d left"
 )
-
-
-def header(*slots):
-    return struct.pack("<256i", *slots, *[0] * (256 - len(slots)))
-
-
-def write_shard(path, tokens):
-    path.write_bytes(header(20240520, 1, len(tokens)) + struct.pack(f"<{len(tokens)}H", *tokens))
-
-
-def write_tokenizer(path, vocab_size, end_of_text=0):
-    """One byte per token, from '!' on."""
-    path.write_bytes(
-        header(20240328, 2, vocab_size, end_of_text) + b"".join(bytes([1, 33 + id]) for id in range(vocab_size))
-    )
-
-
-def text(seed, n):
-    """A noisy walk over the vocabulary: there is something to learn."""
-    steps = np.random.default_rng(seed).integers(1, 4, n)
-    return [int(token) for token in np.cumsum(steps) % V]
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,8 @@ def _main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     from llmc.init_model import init_model  # needs torch, which takes a while: not for --help
 
-    for line in init_model(
-        arguments.descriptor, arguments.out, arguments.precision, arguments.seed, arguments.tokenizer
-    ):
-        print(line, flush=True)
+    lines = init_model(arguments.descriptor, arguments.out, arguments.precision, arguments.seed, arguments.tokenizer)
+    print(*lines, sep="\n")
 
 
 def _parser() -> Parser:

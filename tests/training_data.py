@@ -1,0 +1,29 @@
+"""Files that the trainer's tests train on, laid out by hand."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+V = 65  # vocabulary
+
+
+def header(*slots: int) -> bytes:
+    return struct.pack("<256i", *slots, *[0] * (256 - len(slots)))
+
+
+def write_shard(path: Path, tokens: list[int]) -> None:
+    path.write_bytes(header(20240520, 1, len(tokens)) + struct.pack(f"<{len(tokens)}H", *tokens))
+
+
+def write_tokenizer(path: Path, vocab_size: int, end_of_text: int = 0) -> None:
+    """One byte per token, from '!' on."""
+    path.write_bytes(
+        header(20240328, 2, vocab_size, end_of_text) + b"".join(bytes([1, 33 + id]) for id in range(vocab_size))
+    )
+
+
+def text(seed: int, n: int) -> list[int]:
+    """A noisy walk over the vocabulary: there is something to learn."""
+    steps = np.random.default_rng(seed).integers(1, 4, n)
+    return [int(token) for token in np.cumsum(steps) % V]
