@@ -69,6 +69,15 @@ def test_prune(tmp_path, keep, major, current, left):
     assert len(names(tmp_path)) == 3 * len(left) + 1
 
 
+def test_the_marker_is_deleted_first(tmp_path, monkeypatch):
+    """llm.c, which looks at nothing else, must not resume from a half-deleted checkpoint either."""
+    make(tmp_path, 10, 20)
+    deleted = []
+    monkeypatch.setattr("pathlib.Path.unlink", lambda self, missing_ok: deleted.append(self.name))
+    prune(tmp_path, 20, 1, 0)
+    assert deleted == ["DONE_00000010", "model_00000010.bin", "state_00000010_00000.bin"]
+
+
 def test_the_last_step_counts_like_any_other(tmp_path):
     """Though it is no multiple, and llm.c would forget to delete."""
     make(tmp_path, 5, 10, 13)

@@ -382,6 +382,13 @@ def test_outlier_updates_are_skipped(train, directory, monkeypatch, flag, name):
     assert plain.column("loss")[140] != skipping.column("loss")[140]
 
 
+def test_an_unusually_good_loss_is_no_reason_to_skip(train):
+    result = train("-x 150 -l 3e-3 -sl 0.5")
+    z = [float(value) for value in re.findall(r"loss \S+ \(([-+.0-9]+)z\)\|", result.out)]
+    assert len(z) == 22 and min(z) < -0.5 and max(z) < 0.5
+    assert "skipping" not in result.out
+
+
 def in_order(loader, pattern, B, T, **options):
     return loader(pattern, B, T, **{**options, "shuffle": False})
 
