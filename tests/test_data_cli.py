@@ -66,7 +66,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     call()
     assert "usage: llmc-data" in capsys.readouterr().out
-    for arguments in (["--help"], ["text", "--help"], ["shakespeare", "--help"]):
+    for arguments in (["--help"], ["text", "--help"], ["shakespeare", "--help"], ["inspect", "--help"]):
         with pytest.raises(SystemExit) as caught:
             call(*arguments)
         assert caught.value.code == 0
@@ -217,6 +217,11 @@ def test_bad_text(capsys: pytest.CaptureFixture[str], encoding: str, content: by
         (["text", "t.txt", "--name", ""], 2, "--name '' cannot begin file names"),
         (["text", "t.txt", "--frobnicate"], 2, "unrecognized arguments: --frobnicate"),
         (["shakespeare", "--encoding", "x"], 2, "argument --encoding: invalid choice: 'x'"),
+        (["inspect"], 2, "the following arguments are required: FILE"),
+        (["inspect", "t.txt", "--tokens", "0"], 2, "argument --tokens: '0' is not a positive number, such as 64"),
+        (["inspect", "t.txt", "--tokens", "-1"], 2, "argument --tokens: '-1' is not a positive number, such as 64"),
+        (["inspect", "t.txt", "--tokens", "all"], 2, "argument --tokens: 'all' is not a positive number, such as 64"),
+        (["inspect", "t.txt"], 1, "t.txt is of no known kind: it has 500 bytes, a header alone takes 1024 (known are"),
         (["text", "absent.txt"], 1, "cannot read absent.txt: No such file or directory"),
         (["text", "folder"], 1, "cannot read folder: it is not a regular file; save the text to one"),
         (["text", "/dev/null"], 1, "cannot read /dev/null: it is not a regular file"),

@@ -89,7 +89,7 @@ def _add_inspect(commands: Commands) -> None:
         "inspect",
         help="what a file holds: model, token shard, tokenizer, state, ...",
         description="Print header, figures and first tokens of a .bin file and check all of it: a model, token shard, "
-        "tokenizer, multiple-choice evaluation file, optimizer state or debug state. Exits with status 1 "
+        "tokenizer, multiple-choice evaluation file, training state or debug state. Exits with status 1 "
         "after problems.",
     )
     inspect.add_argument("file", type=Path, metavar="FILE", help="the file")
@@ -97,13 +97,17 @@ def _add_inspect(commands: Commands) -> None:
         "--model",
         type=Path,
         metavar="MODEL.bin",
-        help="the model that a debug state or an optimizer state belongs to (default: the one beside it by its name)",
+        help="the model that a debug state or a training state belongs to (default: the one beside it by its name)",
     )
     inspect.add_argument(
         "--tokenizer", type=Path, metavar="TOKENIZER.bin", help="decodes tokens (default: the one beside the file)"
     )
     inspect.add_argument(
-        "--tokens", type=_positive, default=64, metavar="N", help="show the first N tokens (default: 64)"
+        "--tokens",
+        type=_positive,
+        default=Options.max_tokens,
+        metavar="N",
+        help="show the first N tokens (default: %(default)s)",
     )
     inspect.set_defaults(command=_inspect)
 
