@@ -38,6 +38,11 @@ class Checkpoint:
     def complete(self) -> bool:
         return self.done.exists() and self.model.exists() and self.state.exists()
 
+    @property
+    def half_deleted(self) -> bool:
+        """What delete() leaves when it is killed. A model alone is not: people keep models without their states."""
+        return self.state.exists() and not self.done.exists()
+
     def delete(self) -> None:
         """First the marker: a half-deleted checkpoint must not look like one. Missing files are ignored."""
         for path in (self.done, self.model, self.state):
@@ -73,6 +78,7 @@ def step_of(path: Path) -> int:
 def mark_done(checkpoint: Checkpoint) -> None:
     """The checkpoint exists from here on, also after a power cut."""
     try:
+        sync_directory(checkpoint.directory)  # the marker must not survive one that its files do not
         checkpoint.done.touch()
         sync_directory(checkpoint.directory)
     except OSError as error:
@@ -80,7 +86,7 @@ def mark_done(checkpoint: Checkpoint) -> None:
 
 
 def prune(directory: Path, current: int, keep: int, major_every: int) -> list[int]:
-    """Delete all but the `keep` newest checkpoints up to step `current`, and what is left of incomplete older ones.
+    """Delete all but the `keep` newest checkpoints up to step `current`, and half-deleted older ones.
 
     Multiples of `major_every` are major: never deleted, and not counted. keep 0 keeps all. Returns the deleted steps.
     """
@@ -92,7 +98,13 @@ def prune(directory: Path, current: int, keep: int, major_every: int) -> list[in
         if checkpoint.step <= current and (major_every == 0 or checkpoint.step % major_every != 0)
     ]
     kept = {checkpoint.step for checkpoint in [c for c in minor if c.complete][-keep:]}
-    deleted = [checkpoint for checkpoint in minor if checkpoint.step not in kept and checkpoint.step < current]
+    deleted = [
+        checkpoint
+        for checkpoint in minor
+        if checkpoint.step < current
+        and checkpoint.step not in kept
+        and (checkpoint.complete or checkpoint.half_deleted)
+    ]
     for checkpoint in deleted:
         try:
             checkpoint.delete()

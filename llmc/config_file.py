@@ -17,6 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+HEADER = "# Settings of a run of llmc-train; llmc-train --config FILE repeats it."
 PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
 
 
@@ -29,7 +30,11 @@ def read_config_file(path: str) -> dict[str, Any]:
         content = PARSERS[suffix](Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"--config {show(path)} cannot be read: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:  # TOML's errors are ValueErrors, and so is what is not UTF-8
+    except (
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # TOML's errors are ValueErrors, and so is what is not UTF-8
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {show(path)} is not valid {suffix[1:].upper()}: {reason}") from error
     if not isinstance(content, dict | None):
@@ -45,6 +50,8 @@ def read_setting(path: str, key: object, value: object) -> tuple[str, Any]:
         )
     if not isinstance(value, str | int | float):
         raise UsageError(f"--config {show(path)}: {key} must be one value, not a {type(value).__name__}")
+    if isinstance(value, bool) and not isinstance(entry.default, bool):
+        raise UsageError(f"--config {path}: {key} must be {show(entry.default)} or the like, not {str(value).lower()}")
     try:
         return entry.name, read_value(entry, str(int(value)) if isinstance(value, bool) else str(value))
     except UsageError as error:
@@ -53,7 +60,7 @@ def read_setting(path: str, key: object, value: object) -> tuple[str, Any]:
 
 def write_config_file(path: str | os.PathLike[str], config: TrainConfig) -> None:
     """Write every setting, so that `--config` with this file repeats the run."""
-    lines, group = ["# Settings of a run of llmc-train; llmc-train --config FILE repeats it."], ""
+    lines, group = [HEADER], ""
     for entry in flag_fields():
         spec = flag_of(entry)
         if spec.group != group:

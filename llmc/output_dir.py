@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmc.checkpoint import move_aside, remove_leftovers
 from llmc.config import TrainConfig
-from llmc.config_file import write_config_file
+from llmc.config_file import HEADER, write_config_file
 from llmc.errors import RunError
 
 LOG = "main.log"
@@ -22,6 +22,18 @@ def check_output_dir(directory: str) -> None:
         raise RunError(f"-o {path}: {existing} is not a directory; choose another output directory")
     if not os.access(existing, os.W_OK | os.X_OK) or (path / LOG).is_dir():
         raise RunError(f"-o {path}: {path / LOG} cannot be written; choose another output directory")
+    if (path / CONFIG).exists() and not is_ours(path / CONFIG):
+        raise RunError(
+            f"-o {path}: {path / CONFIG} is not a run's and would be replaced; choose another output directory"
+        )
+
+
+def is_ours(config_file: Path) -> bool:
+    """True if a run has written it."""
+    try:
+        return config_file.read_bytes().startswith(HEADER.encode())
+    except OSError:
+        return False
 
 
 def open_output_dir(config: TrainConfig) -> Path | None:

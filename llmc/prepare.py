@@ -15,7 +15,7 @@ from llmc.build import (
     model_shape,
     precision_of,
 )
-from llmc.checkpoint import Checkpoint, newest
+from llmc.checkpoint import Checkpoint, files, find, newest
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
@@ -90,7 +90,10 @@ def prepare(config: TrainConfig) -> Run:
     tokenizers = [dataset_tokenizer(find_shards(pattern)[0]) for pattern in (train_pattern, config.val_data)]
     tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else tokenizers[0] or tokenizers[1]
     vocab_size = tokenizer.vocab_size if tokenizer else None
+    check_not_in_output_dir(config)
     checkpoint = newest(Path(config.output_dir)) if config.resume else None
+    if not checkpoint and config.resume:
+        check_no_remains(Path(config.output_dir))
     if checkpoint:
         shape, _ = read_model_header(checkpoint.model)
         check_same_model(config, checkpoint, shape, vocab_size)
@@ -190,6 +193,31 @@ def check_supported(config: TrainConfig) -> None:
         raise UsageError(f"-lg {config.log_gpu_every} needs a GPU, this run is on the CPU: drop it")
     if config.hellaswag:
         raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
+
+
+def check_no_remains(directory: Path) -> None:
+    """A marker without its files is no killed write: before a run begins anew, its owner should know."""
+    for checkpoint in find(directory):
+        if checkpoint.done.exists():
+            missing = checkpoint.state if checkpoint.model.exists() else checkpoint.model
+            raise RunError(
+                f"{checkpoint.done} is there, but {missing} is not: put the file back, or begin anew with -y 0"
+            )
+
+
+def check_not_in_output_dir(config: TrainConfig) -> None:
+    """A new run moves the checkpoints in -o aside, and must not pull the ground from under itself."""
+    model, directory = Path(config.model), Path(config.output_dir)
+    if (
+        config.output_dir
+        and not config.resume
+        and is_file(config.model)
+        and model.resolve() in map(Path.resolve, files(directory))
+    ):
+        raise UsageError(
+            f"-e {model} is a checkpoint in -o {directory}, which a new run moves aside: choose another -o, "
+            "or go on from the newest one with -y 1"
+        )
 
 
 def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelShape, vocab_size: int | None) -> None:

@@ -26,6 +26,7 @@ def save(
     norm_outliers: OutlierDetector,
 ) -> None:
     """Write all files of a checkpoint and, when they are on the disk, its marker."""
+    checkpoint.done.unlink(missing_ok=True)  # of an incomplete one, whose files must not pass for these
     model.start_optimizer()  # there may have been no update yet
     parameters = model.parameters()
     arrays = {name: model.optimizer_state(name) for name in ("m", "v")}

@@ -103,7 +103,7 @@ def read_state(path: PathLike, num_parameters: int | None = None) -> TrainState:
     with open(path, "rb") as file:
         reader = Reader(Path(path), file, HEADER_BYTES + 4 * N * (3 if has_master else 2))
         loader = reader.loader(word(header, 30), word(header, 32)) if shuffle else unshuffled(header)
-        windows = reader.windows()
+        windows = reader.windows(required=stated != 0)
     return TrainState(
         step=int(header[10]),
         world_size=int(header[2]),
@@ -146,9 +146,9 @@ class Reader:
         generator = np.array(numbers[:TWISTER_SIZE], dtype=np.uint32)
         return LoaderState(True, shard_index, next_sample, shard_order, sample_order, generator, position)
 
-    def windows(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of losses and norms; llm.c's files end before them."""
-        if self.left == 0:
+    def windows(self, required: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of losses and norms; llm.c's files, which do not state N either, end before them."""
+        if self.left == 0 and not required:
             return (), ()
         magic, length = struct.unpack("<iQ", self._read(12, "the trailer"))
         if magic != TRAILER_MAGIC:
@@ -159,7 +159,7 @@ class Reader:
         try:
             fields = json.loads(raw)
             return numbers_of(fields["loss_window"]), numbers_of(fields["norm_window"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise RunError(f"{self.path} is damaged: its trailer cannot be read ({error})") from None
 
     def _order(self, what: str) -> np.ndarray:

@@ -183,7 +183,10 @@ def test_the_written_file_lists_every_flag_once():
 REFUSED = [  # file, its text, what the message must contain
     ("a.toml", "batch-size = 0", "--config a.toml: -b/--batch-size 0: it must be 1 or more"),
     ("a.toml", "batch-size = 1.5", "--config a.toml: -b/--batch-size 1.5: it must be a whole number"),
-    ("a.toml", "batch-size = true\nlearning-rate = 'fast'", "-l/--learning-rate fast: it must be a finite number"),
+    ("a.toml", "learning-rate = 'fast'", "-l/--learning-rate fast: it must be a finite number"),
+    ("a.toml", "batch-size = true", "--config a.toml: batch-size must be 4 or the like, not true"),
+    ("a.toml", "a=" + "[" * 20000, "--config a.toml is not valid TOML"),
+    ("a.yaml", "[" * 20000, "--config a.yaml is not valid YAML"),
     ("a.toml", "learning-rate = nan", "-l/--learning-rate nan: it must be a finite number"),
     ("a.toml", "learning-rate = inf", "-l/--learning-rate inf: it must be a finite number"),
     ("a.toml", "seed = 99999999999", "--seed 99999999999: it must be a whole number"),

@@ -416,7 +416,8 @@ def test_state_with_problems(inspect) -> None:
 
 def test_unshuffled_state(inspect) -> None:
     raw = header(20240527, 1, 1, 0, s10=7, u12=1, u32=4) + struct.pack("<2f", 1, 1)
-    Path("s.bin").write_bytes(raw)
+    trailer = b'{"loss_window": [], "norm_window": []}'
+    Path("s.bin").write_bytes(raw + struct.pack("<iQ", 20261124, len(trailer)) + trailer)
     status, lines, error = inspect("s.bin")
     assert (status, error) == (0, "")
     assert lines[10:15] == ["shuffle: False", "shard_index: 0", "next_sample: 4", "loss_window: 0", "norm_window: 0"]

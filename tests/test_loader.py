@@ -1,7 +1,9 @@
 """The loader against a few-line model of llm.c's reading order, over unequal shards, ranks and epochs."""
 
+import dataclasses
 import itertools
 import json
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmc.data.loader import DataLoader, permutation, torch_mt19937
+from llmc.data.loader import DataLoader, LoaderState, permutation, torch_mt19937
 from llmc.data.shards import write_shard
 from llmc.errors import RunError
+from llmc.state_file import TrainState, read_state, write_state
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "loader.json").read_text())
 
@@ -205,3 +208,89 @@ def test_last_target_is_checked_too(tmp_path: Path) -> None:
     DataLoader(f"{tmp_path}/s_*.bin", 2, 5, vocab_size=11).next_batch()
     with pytest.raises(RunError, match="token 10 at offset 10 "):
         DataLoader(f"{tmp_path}/s_*.bin", 2, 5, vocab_size=10).next_batch()
+
+
+def write(path: Path, loader: LoaderState) -> None:
+    """A state file of a model of one parameter."""
+    state = TrainState(1, 1, 0, 0, False, 1, 0, 0, loader, (), ())
+    write_state(path, state, {"m": [torch.zeros(1)], "v": [torch.zeros(1)]})
+
+
+@pytest.mark.parametrize("seed", [None, 42, 1337])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
+def test_go_on_from_any_position(tmp_path: Path, rank: int, ranks: int, seed: int | None) -> None:
+    """Stopped before every batch of two epochs, and after the last one; through a file, into the third epoch."""
+    sizes = [97, 200, 65, 140, 61]
+    shards = make_shards(tmp_path, sizes)
+    per_epoch = sum((size - 1) // (ranks * 20) for size in sizes)
+    expected = list(itertools.islice(model(shards, 20, rank, ranks, seed), 3 * per_epoch + 1))
+    straight = DataLoader(f"{tmp_path}/s_*.bin", 4, 5, rank, ranks, seed is not None, seed or 0)
+    for done in range(2 * per_epoch + 1):
+        write(tmp_path / "state.bin", straight.state())
+        # Of another seed: everything must come from the file.
+        resumed = DataLoader(f"{tmp_path}/s_*.bin", 4, 5, rank, ranks, seed is not None, 7)
+        resumed.load_state(read_state(tmp_path / "state.bin").loader, "state.bin")
+        check(resumed, iter(expected[done:]), per_epoch + 1)
+        check(straight, iter(expected[done:]), 1)
+
+
+@pytest.mark.parametrize("draws", [0, 1, 299, 623, 624, 625, 1300])
+def test_generator_in_a_state_file(tmp_path: Path, draws: int) -> None:
+    """llm.c counts `left` down before it takes a number, and makes a new state of 624 numbers when it is 0."""
+    make_shards(tmp_path, [draws + 2])
+    twister = Twister(42)
+    twister.shuffle(list(range(draws + 1)))  # of the samples: draws as many numbers
+    write(tmp_path / "state.bin", DataLoader(f"{tmp_path}/s_*.bin", 1, 1, shuffle=True).state())
+    raw = bytearray((tmp_path / "state.bin").read_bytes())
+    offset = 1024 + 2 * 4 + (8 + 4) + (8 + 4 * (draws + 1))
+    _, left, position, *words = struct.unpack_from("<QiI624I", raw, offset)
+    assert words == twister.state
+    if draws:
+        assert (left, position) == (625 - position, (draws - 1) % 624 + 1)
+    else:
+        assert left == 1
+        struct.pack_into("<I", raw, offset + 12, 0)  # where llm.c's fresh generator stands
+        (tmp_path / "state.bin").write_bytes(raw)
+
+    loader = DataLoader(f"{tmp_path}/s_*.bin", 1, 1, shuffle=True, seed=7)
+    loader.load_state(read_state(tmp_path / "state.bin").loader, "state.bin")
+    assert loader.generator.random_raw(700).tolist() == list(itertools.islice(twister.words, 700))
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "change", "message"),
+    [
+        (True, {"shuffle": False}, r"is of a run with -a 1: resume it with that"),
+        (False, {"shuffle": True}, r"is of a run with -a 0: resume it with that"),
+        (True, {"shard_order": np.array([0, 1])}, r"is of a run over 2 shards, now there are 3: .* the same data -i"),
+        (True, {"shard_order": np.array([0, 1, 1])}, r"is of a run over 3 shards"),
+        (True, {"shard_order": np.array([1, 2, 3])}, r"is of a run over 3 shards"),
+        (True, {"shard_order": np.array([-1, 0, 1])}, r"is of a run over 3 shards"),
+        (True, {"shard_index": 3}, r"it stands in shard 3 of 3"),
+        (False, {"shard_index": 3}, r"it stands in shard 3 of 3"),
+        (False, {"shard_index": 2**64 - 1}, r"of a run over other data"),
+        (True, {"sample_order": np.arange(4)}, r"is of a run that read 4 batches from .*s_00[0-2].bin, now it has 9"),
+        (True, {"sample_order": np.zeros(9, int)}, r"is of a run that read 9 batches from"),
+        (True, {"sample_order": np.arange(-1, 8)}, r"is of a run that read 9 batches from"),
+        (True, {"next_sample": 10}, r"stands at batch 10 of .*s_00[0-2].bin, which has 9"),
+        (False, {"next_sample": 2**64 - 1}, r"stands at batch \d+ of .*s_000.bin, which has 9"),
+    ],
+)
+def test_positions_that_do_not_fit(tmp_path: Path, shuffle: bool, change: dict[str, object], message: str) -> None:
+    make_shards(tmp_path, [73, 79, 80])
+    state = DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=shuffle).state()
+    with pytest.raises(RunError, match=rf"^state\.bin [^\n]*{message}"):
+        DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=shuffle).load_state(
+            dataclasses.replace(state, **change), "state.bin"
+        )
+
+
+def test_positions_of_other_data_or_batches(tmp_path: Path) -> None:
+    make_shards(tmp_path, [73, 79, 80])
+    state = DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=True).state()
+    for B, T, ranks in [(1, 4, 1), (2, 8, 1), (2, 4, 2)]:
+        with pytest.raises(RunError, match=r"^state\.bin is of a run that read 9 batches from .* -i, -b and -t$"):
+            DataLoader(f"{tmp_path}/s_*.bin", B, T, 0, ranks, shuffle=True).load_state(state, "state.bin")
+    (tmp_path / "s_001.bin").unlink()
+    with pytest.raises(RunError, match=r"^state\.bin is of a run over 3 shards, now there are 2: .* -i$"):
+        DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=True).load_state(state, "state.bin")

@@ -48,6 +48,15 @@ def test_checkpoints_of_another_run(tmp_path, capsys, resume):
     assert "batch-size = 4\n" in (tmp_path / "config.toml").read_text()
 
 
+def test_a_config_file_of_the_users_own_is_not_replaced(tmp_path):
+    (tmp_path / "config.toml").write_text("# mine\nbatch-size = 9\n")
+    with pytest.raises(RunError, match=r"config\.toml is not a run's and would be replaced; choose another output"):
+        check_output_dir(str(tmp_path))
+    (tmp_path / "config.toml").unlink()
+    open_output_dir(TrainConfig(output_dir=str(tmp_path)))
+    check_output_dir(str(tmp_path))
+
+
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_file_in_its_place(tmp_path, below):
     (tmp_path / "file").write_text("")

@@ -18,7 +18,7 @@ from training_data import V, text, write_shard, write_tokenizer
 import llmc.train
 from llmc import _C, cli
 from llmc.cli.train import _main as command
-from llmc.errors import RunError
+from llmc.errors import RunError, UsageError
 from llmc.model_file import read_model_header, save_model
 
 BASE = (
@@ -368,6 +368,37 @@ def test_an_incomplete_checkpoint_is_no_checkpoint(directory, capsys, missing):
     (directory / "out" / missing).unlink()
     train("-x 20 -n 10 -y 1", "out")
     assert "resuming at step 10" in capsys.readouterr().out
+
+
+def test_a_marker_without_files_is_no_new_run(directory):
+    train("-x 5 -n 5", "out")
+    (directory / "out" / "state_00000005_00000.bin").unlink()
+    before = files(directory / "out")
+    message = r"out/DONE_00000005 is there, but out/state_00000005_00000\.bin is not: put the file back, or begin anew"
+    with pytest.raises(RunError, match=message):
+        train("-x 5 -n 5 -y 1", "out")
+    assert files(directory / "out") == before
+
+
+def test_a_new_run_does_not_move_its_own_model(directory):
+    train("-x 5 -n 5", "out")
+    before = files(directory / "out")
+    with pytest.raises(
+        UsageError, match=r"-e out/model_00000005\.bin is a checkpoint in -o out, which a new run"
+    ):
+        train("-x 0 -e out/model_00000005.bin", "out")
+    assert files(directory / "out") == before
+    train("-x 0 -e out/model_00000005.bin", "elsewhere")
+
+
+def test_a_stale_marker_does_not_complete_a_killed_write(directory, monkeypatch):
+    """The model of a checkpoint is lost; the run that writes it again dies before the state, with other weights."""
+    train("-x 10 -n 5", "out")
+    (directory / "out" / "model_00000010.bin").unlink()
+    monkeypatch.setattr("llmc.snapshot.write_state", lambda *_: (_ for _ in ()).throw(RunError("killed")))
+    with pytest.raises(RunError, match="killed"):
+        train("-x 10 -n 5 -l 0.1 -y 1", "out")
+    assert not (directory / "out" / "DONE_00000010").exists()
 
 
 def test_master_weights_must_be_there(directory, capsys):
