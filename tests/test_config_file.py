@@ -228,7 +228,7 @@ REFUSED = [  # file, its text, what the message must contain
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "message"), REFUSED, ids=[f"{row[0]}: {row[1]!r}" for row in REFUSED])
+@pytest.mark.parametrize(("name", "text", "message"), REFUSED, ids=[f"{row[0]}: {row[1]!r:.60}" for row in REFUSED])
 def test_bad_file_gets_one_clear_line(name, text, message):
     with pytest.raises(UsageError) as caught:
         parse("--config", write(name, text))
