@@ -89,7 +89,7 @@ class TrainConfig:
         "-nm", 0, "checkpoints", at_least(0), "checkpoints of every so many steps are major: never deleted; 0: none"
     )
     resume: bool = flag(
-        "-y", False, "checkpoints", ANY, "1: go on from the newest checkpoint in -o; 0: move what is there aside"
+        "-y", False, "checkpoints", ANY, "1: go on from the newest checkpoint in -o; 0: move its checkpoints aside"
     )
     batch_size: int = flag("-b", 4, "batch", at_least(1), "micro-batch size B in rows, per process")
     seq_len: int = flag("-t", 1024, "batch", at_least(1), "sequence length T, at most the model's context")
