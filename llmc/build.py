@@ -63,13 +63,14 @@ def precision_of(config: TrainConfig) -> FileDtype:
     return precision
 
 
-def core_config(config: TrainConfig, shape: ModelShape) -> "_C.GPT2Config":
+def core_config(model: str, shape: ModelShape) -> "_C.GPT2Config":
+    """The sizes as the core takes them. RunError, which names `model`, if it cannot."""
     from llmc import _C
 
     try:
         return _C.GPT2Config(**asdict(shape))
     except _C.Error as error:
-        raise RunError(f"-e {config.model}: {error}") from error
+        raise RunError(f"{model}: {error}") from error
 
 
 def core_options(
@@ -101,6 +102,10 @@ def memory_plan(config: "_C.GPT2Config", options: "_C.Options", world_size: int 
     from llmc import _C
 
     return [Buffer(*row) for row in _C.plan(config, options, world_size)]
+
+
+def total_bytes(buffers: list[Buffer]) -> int:
+    return sum(bytes_by_lifetime(buffers).values())
 
 
 def bytes_by_lifetime(buffers: list[Buffer]) -> dict[str, int]:

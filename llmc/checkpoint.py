@@ -54,6 +54,11 @@ def newest(directory: Path) -> Checkpoint | None:
     return max(filter(lambda found: found.complete, find(directory)), key=lambda found: found.step, default=None)
 
 
+def lost(directory: Path, after: int) -> list[Checkpoint]:
+    """Those after step `after` with a marker but not all of their files: no killed write leaves that."""
+    return [found for found in find(directory) if found.step > after and found.done.exists() and not found.complete]
+
+
 def find(directory: Path) -> list[Checkpoint]:
     """Every step of which at least one file is there, in ascending order."""
     return [Checkpoint(directory, step) for step in sorted({step_of(path) for path in files(directory)})]

@@ -10,7 +10,6 @@ from llmc.config_file import read_config_file
 from llmc.errors import UsageError
 from llmc.models import DESCRIPTORS
 
-HELP = ("-h", "--help")
 METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X", bool: "0|1"}
 
 

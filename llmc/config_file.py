@@ -30,11 +30,8 @@ def read_config_file(path: str) -> dict[str, Any]:
         content = PARSERS[suffix](Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"--config {show(path)} cannot be read: {error.strerror or error}") from error
-    except (
-        ValueError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:  # TOML's errors are ValueErrors, and so is what is not UTF-8
+    # TOML's errors are ValueErrors, and so is what is not UTF-8.
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {show(path)} is not valid {suffix[1:].upper()}: {reason}") from error
     if not isinstance(content, dict | None):
@@ -51,7 +48,8 @@ def read_setting(path: str, key: object, value: object) -> tuple[str, Any]:
     if not isinstance(value, str | int | float):
         raise UsageError(f"--config {show(path)}: {key} must be one value, not a {type(value).__name__}")
     if isinstance(value, bool) and not isinstance(entry.default, bool):
-        raise UsageError(f"--config {path}: {key} must be {show(entry.default)} or the like, not {str(value).lower()}")
+        kind = f"{show(entry.default)} or the like, not {str(value).lower()}"
+        raise UsageError(f"--config {show(path)}: {key} must be {kind}")
     try:
         return entry.name, read_value(entry, str(int(value)) if isinstance(value, bool) else str(value))
     except UsageError as error:

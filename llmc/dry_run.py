@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from llmc import models
 from llmc.build import (
     Buffer,
     bytes_by_lifetime,
@@ -12,6 +13,7 @@ from llmc.build import (
     memory_plan,
     model_shape,
     precision_of,
+    total_bytes,
 )
 from llmc.config import INT32_MAX, TrainConfig
 from llmc.data.shards import find_shards
@@ -45,7 +47,7 @@ def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
     print("  -z  -r  MiB at this -b  largest -b")
     for stage in stages:
         for recompute in (0, 1, 2):
-            need = total(plan(config, shape, precision, config.batch_size, recompute, stage))
+            need = total_bytes(plan(config, shape, precision, config.batch_size, recompute, stage))
             largest = largest_batch(config, shape, precision, recompute, stage, memory)
             print(f"  {stage:2}  {recompute:2}  {need / MIB:14.1f}  {largest or 'none':>10}")
 
@@ -54,7 +56,7 @@ def vocabulary(config: TrainConfig) -> int | None:
     """Of the data, where the model asks for it: nothing else of a dry run needs data."""
     if config.tokenizer:
         return Tokenizer(config.tokenizer).vocab_size
-    if is_file(config.model) or not re.match("custom:(?!.*v=)", config.model):
+    if is_file(config.model) or not models.takes_vocabulary_of_data(config.model):
         return None
     tokenizer = dataset_tokenizer(find_shards(config.train_data)[0])
     return tokenizer.vocab_size if tokenizer else None
@@ -66,11 +68,7 @@ def plan(
     if config.num_processes == 1:
         stage = 0  # as in training: there is nothing to cut
     options = core_options(config, precision, batch_size=batch_size, recompute=recompute, zero_stage=stage)
-    return memory_plan(core_config(config, shape), options, config.num_processes)
-
-
-def total(buffers: list[Buffer]) -> int:
-    return sum(bytes_by_lifetime(buffers).values())
+    return memory_plan(core_config(f"-e {config.model}", shape), options, config.num_processes)
 
 
 def largest_batch(
@@ -82,7 +80,7 @@ def largest_batch(
     """
 
     def fits(batch_size: int) -> bool:
-        return total(plan(config, shape, precision, batch_size, recompute, stage)) <= memory
+        return total_bytes(plan(config, shape, precision, batch_size, recompute, stage)) <= memory
 
     low, high = 0, min(MAX_BATCH, INT32_MAX // config.seq_len)
     while low < high:

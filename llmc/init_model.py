@@ -1,12 +1,11 @@
 """llmc-init: a model file with seeded random weights, and the tokenizer that belongs to it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc import models
 from llmc.binfile import atomic_write
-from llmc.build import bytes_by_lifetime, memory_plan
+from llmc.build import bytes_by_lifetime, core_config, memory_plan
 from llmc.errors import RunError, UsageError
 from llmc.machine import memory_bytes
 from llmc.model_file import ITEM_BYTES, FileDtype, ModelShape, save_model
@@ -52,10 +51,9 @@ def init_model(
 
 def resolve(descriptor: str, source: Tokenizer | None) -> ModelShape:
     """The sizes of the model, whose vocabulary must be that of `source`."""
-    custom = descriptor.startswith("custom:")
-    if not custom and descriptor not in models.named_models():
+    if not descriptor.startswith("custom:") and descriptor not in models.named_models():
         raise UsageError(f"{descriptor} is no model: use one of " + "; ".join(models.DESCRIPTORS))
-    if custom and source is None and "v=" not in descriptor and "t=" in descriptor:
+    if source is None and models.takes_vocabulary_of_data(descriptor) and "t=" in descriptor:
         raise UsageError(f"{descriptor} has no vocabulary size: add ,v=SIZE or give a tokenizer file with --tokenizer")
     try:
         shape = models.resolve(descriptor, source.vocab_size if source else None)
@@ -100,10 +98,7 @@ def check_paths(path: Path, beside: tuple[str, bytes] | None) -> None:
 def random_model(descriptor: str, shape: ModelShape, precision: FileDtype, seed: int) -> "_C.GPT2":
     from llmc import _C
 
-    try:
-        config = _C.GPT2Config(**asdict(shape))
-    except _C.Error as error:
-        raise RunError(f"{descriptor}: {error}") from error
+    config = core_config(descriptor, shape)
     options = _C.Options(batch_size=1, seq_len=1, precision=precision)
     lifetimes = bytes_by_lifetime(memory_plan(config, options))
     draws = max(shape.padded_vocab_size, shape.max_seq_len, 4 * shape.channels) * shape.channels  # in fp32, and rounded

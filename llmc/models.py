@@ -68,6 +68,11 @@ DESCRIPTORS = (
 )
 
 
+def takes_vocabulary_of_data(descriptor: str) -> bool:
+    """True for a free form without v=."""
+    return descriptor.startswith("custom:") and "v=" not in descriptor
+
+
 def resolve(descriptor: str, vocab_size_of_data: int | None) -> ModelShape:
     """The sizes that `descriptor` stands for.
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from llmc import models, snapshot
 from llmc.build import (
     Buffer,
-    bytes_by_lifetime,
     core_config,
     core_options,
     is_file,
     memory_plan,
     model_shape,
     precision_of,
+    total_bytes,
 )
-from llmc.checkpoint import Checkpoint, files, find, newest
+from llmc.checkpoint import Checkpoint, files, lost, newest
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
@@ -53,6 +53,7 @@ class Run:
     loss_outliers: OutlierDetector
     norm_outliers: OutlierDetector
     resumed: TrainState | None  # what the run goes on from
+    passed_over: list[Checkpoint]  # newer than that, but files of theirs are missing
     peak_flops: float  # of the device, per second
 
     @property
@@ -91,9 +92,7 @@ def prepare(config: TrainConfig) -> Run:
     tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else tokenizers[0] or tokenizers[1]
     vocab_size = tokenizer.vocab_size if tokenizer else None
     check_not_in_output_dir(config)
-    checkpoint = newest(Path(config.output_dir)) if config.resume else None
-    if not checkpoint and config.resume:
-        check_no_remains(Path(config.output_dir))
+    checkpoint, passed_over = resume_point(Path(config.output_dir)) if config.resume else (None, [])
     if checkpoint:
         shape, _ = read_model_header(checkpoint.model)
         check_same_model(config, checkpoint, shape, vocab_size)
@@ -132,7 +131,7 @@ def prepare(config: TrainConfig) -> Run:
         train_loader.load_state(state.loader, str(checkpoint.state))
     check_output_dir(config.output_dir)
 
-    sizes, options = core_config(config, shape), core_options(config, precision)
+    sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision)
     buffers = memory_plan(sizes, options)
     check_memory(buffers)
     model = _C.GPT2(sizes, options)
@@ -159,6 +158,7 @@ def prepare(config: TrainConfig) -> Run:
         loss_outliers=OutlierDetector(state.loss_window if state else ()),
         norm_outliers=OutlierDetector(state.norm_window if state else ()),
         resumed=state,
+        passed_over=passed_over,
         peak_flops=_C.peak_flops(),
     )
 
@@ -195,14 +195,14 @@ def check_supported(config: TrainConfig) -> None:
         raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
 
 
-def check_no_remains(directory: Path) -> None:
-    """A marker without its files is no killed write: before a run begins anew, its owner should know."""
-    for checkpoint in find(directory):
-        if checkpoint.done.exists():
-            missing = checkpoint.state if checkpoint.model.exists() else checkpoint.model
-            raise RunError(
-                f"{checkpoint.done} is there, but {missing} is not: put the file back, or begin anew with -y 0"
-            )
+def resume_point(directory: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    """The checkpoint to go on from, and the newer ones that are lost. RunError if all are: their owner should know."""
+    checkpoint = newest(directory)
+    gone = lost(directory, checkpoint.step if checkpoint else -1)
+    if gone and not checkpoint:
+        missing = gone[0].state if gone[0].model.exists() else gone[0].model
+        raise RunError(f"{gone[0].done} is there, but {missing} is not: put the file back, or begin anew with -y 0")
+    return checkpoint, gone
 
 
 def check_not_in_output_dir(config: TrainConfig) -> None:
@@ -234,7 +234,7 @@ def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelSh
 
 
 def check_memory(buffers: list[Buffer]) -> None:
-    needed, available = sum(bytes_by_lifetime(buffers).values()), memory_bytes()
+    needed, available = total_bytes(buffers), memory_bytes()
     if needed > available:
         raise RunError(
             f"the run needs {needed // 2**20} MiB of memory, this machine has {available // 2**20} MiB: "

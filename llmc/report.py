@@ -1,9 +1,6 @@
 """What the trainer says before the first step: the table of settings and the sizes in memory."""
 
-from pathlib import Path
-
 from llmc.build import bytes_by_lifetime
-from llmc.checkpoint import find
 from llmc.logger import Row, table
 from llmc.machine import cpu_name, memory_bytes
 from llmc.model_file import ITEM_BYTES
@@ -74,9 +71,8 @@ def batch_report(run: Run) -> str:
         )
     if run.resumed and run.resumed.has_master and run.precision == "bf16" and not config.master_weights:
         lines += warning("-w 0: the master weights of the checkpoint are left aside")
-    for checkpoint in find(Path(config.output_dir)) if run.resumed else ():
-        if checkpoint.step > run.start_step and checkpoint.done.exists():
-            lines += warning(f"passing over {checkpoint.done}: not all of its files are there")
+    for checkpoint in run.passed_over:
+        lines += warning(f"passing over {checkpoint.done}: not all of its files are there")
     if config.resume:
         lines.append(
             f"resuming at step {run.start_step}" if run.resumed else f"no checkpoint in {config.output_dir}: a new run"

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_data import V, text, write_shard, write_tokenizer
+from training_data import V, expect_refusal, text, write_shard, write_tokenizer
 
 import llmc.train
-from llmc import _C, cli
+from llmc import _C
 from llmc.cli.train import _main as command
 from llmc.errors import RunError, UsageError
 from llmc.model_file import read_model_header, save_model
@@ -351,14 +351,7 @@ def test_damaged_checkpoints_are_refused_by_name(directory, capsys, case):
     change()
     before = files(directory / "out")
     capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        cli.run("llmc-train", command, f"{BASE} -x 30 -n 10 -y 1 -o out {flags}".split())
-    captured = capsys.readouterr()
-    assert caught.value.code == status
-    assert captured.err.startswith("llmc-train: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    expect_refusal(capsys, f"{BASE} -x 30 -n 10 -y 1 -o out {flags}".split(), status, message)
     assert files(directory / "out") == before
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from training_data import V, header, text, write_shard, write_tokenizer
+from training_data import V, expect_refusal, header, text, write_shard, write_tokenizer
 
 import llmc.prepare
 import llmc.train
@@ -516,14 +516,7 @@ def test_refused_before_anything_on_disk_changes(directory, capsys, flags, statu
     write_shard(other / "t_val_0.bin", text(2, 300))
     (other / "tokenizer.bin").write_bytes(header(20240328, 2, V, 0) + V * b"\x01a")
     before = snapshot(directory)
-    with pytest.raises(SystemExit) as caught:
-        cli.run("llmc-train", command, [*BASE.split(), *flags.split()])
-    captured = capsys.readouterr()
-    assert caught.value.code == status
-    assert captured.err.startswith("llmc-train: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    expect_refusal(capsys, [*BASE.split(), *flags.split()], status, message)
     assert snapshot(directory) == before
 
 

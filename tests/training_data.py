@@ -1,9 +1,13 @@
-"""Files that the trainer's tests train on, laid out by hand."""
+"""What the trainer's tests share: files to train on, laid out by hand, and what a refusal looks like."""
 
 import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from llmc import cli
+from llmc.cli.train import _main as command
 
 V = 65  # vocabulary
 
@@ -27,3 +31,15 @@ def text(seed: int, n: int) -> list[int]:
     """A noisy walk over the vocabulary: there is something to learn."""
     steps = np.random.default_rng(seed).integers(1, 4, n)
     return [int(token) for token in np.cumsum(steps) % V]
+
+
+def expect_refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str) -> None:
+    """llmc-train ends with this status, one line that holds `message`, and nothing else printed."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run("llmc-train", command, arguments)
+    captured = capsys.readouterr()
+    assert caught.value.code == status
+    assert captured.err.startswith("llmc-train: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""

@@ -16,8 +16,8 @@ constexpr int kVectorBytes = 16;
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kLanes = kVectorBytes / sizeof(float);
-constexpr int kChains =
-    12;  // more than latency times multiply-adds a cycle; with two operands they fit in 16 registers
+// More than latency times multiply-adds a cycle; with two operands they fit in 16 registers.
+constexpr int kChains = 12;
 constexpr int64_t kSteps = 1 << 18;  // of a round: half a millisecond at 6 cycles a step and 3 GHz
 constexpr double kSeconds = 0.05;
 

@@ -57,9 +57,9 @@ class GPT2 {
   // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
   void forward(const int32_t* tokens, int64_t b, int64_t t);
 
-  // Loss and gradients of the last forward against targets (b,t), which must be that forward's shape. The first of the accumulation_steps micro-steps
-  // (micro_step 0) zeroes losses and gradients first, the last one averages gradients and loss over the ranks.
-  // The loss is the mean over all micro-steps of the step.
+  // Loss and gradients of the last forward against targets (b,t), which must be that forward's shape. The first of the
+  // accumulation_steps micro-steps (micro_step 0) zeroes losses and gradients first, the last one averages gradients and
+  // loss over the ranks. The loss is the mean over all micro-steps of the step.
   void backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_step, int64_t accumulation_steps);
 
   // Per-token losses (b,t) of tokens against targets, to the host. Leaves gradients and the training loss alone.
