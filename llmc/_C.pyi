@@ -14,6 +14,12 @@ class Error(RuntimeError):
 def build_info() -> dict[str, Any]:
     """What this build of the core is made of."""
 
+def why_no_cuda_device() -> str:
+    """Why there is no usable CUDA device, or an empty string."""
+
+def cuda_devices() -> list[dict[str, Any]]:
+    """The CUDA devices that can be used: name, compute capability, multiprocessors, memory in bytes."""
+
 def peak_flops() -> float:
     """fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms."""
 
@@ -60,6 +66,8 @@ class Options:
         master_weights: bool = True,
         zero_stage: int = 0,
         classifier_rows: int = 0,
+        device: str = "cpu",
+        tf32: bool = True,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -79,6 +87,10 @@ class Options:
     def zero_stage(self) -> int: ...
     @property
     def classifier_rows(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def tf32(self) -> bool: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1
@@ -267,7 +279,7 @@ class ops:
         """Sum of squares over a list of tensors"""
 
     @staticmethod
-    def clip_scale(sum: float, max_norm: float) -> tuple[float, float]:
+    def clip_scale(sum: float, max_norm: float, device: str = "cpu") -> tuple[float, float]:
         """(norm, scale) of a sum of squares"""
 
     @staticmethod
@@ -281,6 +293,10 @@ class ops:
     @staticmethod
     def sum(x: Tensor) -> float:
         """Sum of an fp32 tensor"""
+
+    @staticmethod
+    def allow_tf32(allowed: bool) -> None:
+        """Let fp32 products and attention on CUDA tensors round their operands to TF32; off at first, as in torch."""
 
 class random:
     """The random number generators of the core."""

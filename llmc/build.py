@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmc import models
 from llmc.config import TrainConfig
+from llmc.device import Device
 from llmc.errors import RunError, UsageError
 from llmc.model_file import FileDtype, ModelShape, read_model_header
 
@@ -52,9 +53,18 @@ def model_shape(config: TrainConfig, vocab_size_of_data: int | None) -> ModelSha
     )
 
 
-def precision_of(config: TrainConfig) -> FileDtype:
-    """bf16 is the habit of GPUs: there `auto` means it. UsageError for settings that contradict it."""
-    auto: FileDtype = "bf16" if config.device == "cuda" else "fp32"
+def stored_dtype(config: TrainConfig) -> FileDtype | None:
+    """Of the parameters in the file -e, None if it names none."""
+    return read_model_header(config.model)[1] if is_file(config.model) else None
+
+
+def precision_of(config: TrainConfig, on_cuda: bool, stored: FileDtype | None) -> FileDtype:
+    """Of parameters and activations; `stored` is the model file's, None without one.
+
+    bf16 is the habit of GPUs, and what a file holds is kept there: `auto` means that. UsageError for settings that
+    contradict it.
+    """
+    auto: FileDtype = (stored or "bf16") if on_cuda else "fp32"
     precision: FileDtype = {"auto": auto, "fp32": "fp32", "bf16": "bf16"}[config.precision]
     if precision == "fp32" and not config.master_weights:
         raise UsageError("-w 0 has no effect in fp32, where parameters are their own master copy: drop it")
@@ -76,6 +86,7 @@ def core_config(model: str, shape: ModelShape) -> "_C.GPT2Config":
 def core_options(
     config: TrainConfig,
     precision: FileDtype,
+    device: Device,
     *,
     batch_size: int | None = None,
     recompute: int | None = None,
@@ -90,10 +101,11 @@ def core_options(
         precision=precision,
         grad_dtype="fp32" if config.grad_dtype == "fp32" else precision,
         recompute=config.recompute if recompute is None else recompute,
-        # On the CPU fusion costs nothing: the same bits, fewer passes over memory.
-        gelu_fusion=2 if config.gelu_fusion == -1 else config.gelu_fusion,
+        gelu_fusion=2 * device.fuses_gelu if config.gelu_fusion == -1 else config.gelu_fusion,
         master_weights=config.master_weights,
         zero_stage=zero_stage,
+        device=device.core_name,
+        tf32=config.tf32,
     )
 
 

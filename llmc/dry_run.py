@@ -13,12 +13,13 @@ from llmc.build import (
     memory_plan,
     model_shape,
     precision_of,
+    stored_dtype,
     total_bytes,
 )
 from llmc.config import INT32_MAX, TrainConfig
 from llmc.data.shards import find_shards
+from llmc.device import Device, device_on_paper
 from llmc.errors import UsageError
-from llmc.machine import memory_bytes
 from llmc.model_file import FileDtype, ModelShape
 from llmc.tokenizer import Tokenizer, dataset_tokenizer
 
@@ -28,11 +29,12 @@ MAX_BATCH = 2**16  # a search needs an end
 
 def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
     """Print every buffer of one process, the totals, and what would fit into the memory of the device."""
-    memory = memory_bytes() if memory_gib is None else round(memory_gib * 2**30)
-    precision = precision_of(config)
+    device = device_on_paper(config, None if memory_gib is None else round(memory_gib * 2**30))
+    memory = device.memory
     shape = model_shape(config, vocabulary(config))
     if shape.max_seq_len < config.seq_len:
         raise UsageError(f"-t {config.seq_len} is longer than the context of -e {config.model}: {shape.max_seq_len}")
+    precision = precision_of(config, device.is_cuda, stored_dtype(config))
     P = config.num_processes
     accumulation_steps = config.accumulation_steps(P)
     print(
@@ -40,15 +42,15 @@ def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
         f"-r {config.recompute} -z {config.zero_stage}, {P} process(es), {accumulation_steps} micro-step(s)\n"
         "\nmemory of each process:"
     )
-    buffers = plan(config, shape, precision, config.batch_size, config.recompute, config.zero_stage)
+    buffers = plan(config, device, shape, precision, config.batch_size, config.recompute, config.zero_stage)
     print(*buffer_lines(buffers), *total_lines(buffers, config.batch_size, memory), sep="\n")
     stages = range(4) if P > 1 else [0]
     print(f"\nwhat fits into {memory / 2**30:.1f} GiB at -t {config.seq_len}:")
     print("  -z  -r  MiB at this -b  largest -b")
     for stage in stages:
         for recompute in (0, 1, 2):
-            need = total_bytes(plan(config, shape, precision, config.batch_size, recompute, stage))
-            largest = largest_batch(config, shape, precision, recompute, stage, memory)
+            need = total_bytes(plan(config, device, shape, precision, config.batch_size, recompute, stage))
+            largest = largest_batch(config, device, shape, precision, recompute, stage)
             print(f"  {stage:2}  {recompute:2}  {need / MIB:14.1f}  {largest or 'none':>10}")
 
 
@@ -63,24 +65,30 @@ def vocabulary(config: TrainConfig) -> int | None:
 
 
 def plan(
-    config: TrainConfig, shape: ModelShape, precision: FileDtype, batch_size: int, recompute: int, stage: int
+    config: TrainConfig,
+    device: Device,
+    shape: ModelShape,
+    precision: FileDtype,
+    batch_size: int,
+    recompute: int,
+    stage: int,
 ) -> list[Buffer]:
     if config.num_processes == 1:
         stage = 0  # as in training: there is nothing to cut
-    options = core_options(config, precision, batch_size=batch_size, recompute=recompute, zero_stage=stage)
+    options = core_options(config, precision, device, batch_size=batch_size, recompute=recompute, zero_stage=stage)
     return memory_plan(core_config(f"-e {config.model}", shape), options, config.num_processes)
 
 
 def largest_batch(
-    config: TrainConfig, shape: ModelShape, precision: FileDtype, recompute: int, stage: int, memory: int
+    config: TrainConfig, device: Device, shape: ModelShape, precision: FileDtype, recompute: int, stage: int
 ) -> int:
-    """A B whose plan fits into `memory` bytes while that of B + 1 does not; 0: not even one row does.
+    """A B whose plan fits into the device's memory while that of B + 1 does not; 0: not even one row does.
 
     That is the largest one, but for small models: their total falls a little where the logits take one more chunk.
     """
 
     def fits(batch_size: int) -> bool:
-        return total_bytes(plan(config, shape, precision, batch_size, recompute, stage)) <= memory
+        return total_bytes(plan(config, device, shape, precision, batch_size, recompute, stage)) <= device.memory
 
     low, high = 0, min(MAX_BATCH, INT32_MAX // config.seq_len)
     while low < high:

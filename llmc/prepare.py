@@ -13,15 +13,16 @@ from llmc.build import (
     memory_plan,
     model_shape,
     precision_of,
+    stored_dtype,
     total_bytes,
 )
 from llmc.checkpoint import Checkpoint, files, lost, newest
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
+from llmc.device import Device, choose_device
 from llmc.errors import RunError, UsageError
 from llmc.launch import check_single_process
-from llmc.machine import memory_bytes
 from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header
 from llmc.outliers import OutlierDetector
 from llmc.output_dir import check_output_dir
@@ -54,7 +55,8 @@ class Run:
     norm_outliers: OutlierDetector
     resumed: TrainState | None  # what the run goes on from
     passed_over: list[Checkpoint]  # newer than that, but files of theirs are missing
-    peak_flops: float  # of the device, per second
+    device: Device
+    peak_flops: float | None  # of the device, per second; None if that is not known
 
     @property
     def start_step(self) -> int:
@@ -85,7 +87,8 @@ def prepare(config: TrainConfig) -> Run:
     check_supported(config)
     B, T = config.batch_size, config.seq_len
     accumulation_steps = config.accumulation_steps(world_size=1)
-    precision = precision_of(config)
+    device = choose_device(config)
+    check_device(config, device)
 
     train_pattern = config.val_data if config.overfit_one_batch else config.train_data
     tokenizers = [dataset_tokenizer(find_shards(pattern)[0]) for pattern in (train_pattern, config.val_data)]
@@ -93,11 +96,13 @@ def prepare(config: TrainConfig) -> Run:
     vocab_size = tokenizer.vocab_size if tokenizer else None
     check_not_in_output_dir(config)
     checkpoint, passed_over = resume_point(Path(config.output_dir)) if config.resume else (None, [])
+    stored_as: FileDtype | None
     if checkpoint:
-        shape, _ = read_model_header(checkpoint.model)
+        shape, stored_as = read_model_header(checkpoint.model)
         check_same_model(config, checkpoint, shape, vocab_size)
     else:
-        shape = model_shape(config, vocab_size)
+        shape, stored_as = model_shape(config, vocab_size), stored_dtype(config)
+    precision = precision_of(config, device.is_cuda, stored_as)
     if shape.max_seq_len < T:
         raise UsageError(
             f"-t {T} is longer than the context of the model {config.model}: use -t {shape.max_seq_len} or less"
@@ -131,9 +136,9 @@ def prepare(config: TrainConfig) -> Run:
         train_loader.load_state(state.loader, str(checkpoint.state))
     check_output_dir(config.output_dir)
 
-    sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision)
+    sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision, device)
     buffers = memory_plan(sizes, options)
-    check_memory(buffers)
+    check_memory(buffers, device)
     model = _C.GPT2(sizes, options)
     if checkpoint and state:
         snapshot.restore(checkpoint, state, shape, precision, model)
@@ -159,7 +164,8 @@ def prepare(config: TrainConfig) -> Run:
         norm_outliers=OutlierDetector(state.norm_window if state else ()),
         resumed=state,
         passed_over=passed_over,
-        peak_flops=_C.peak_flops(),
+        device=device,
+        peak_flops=device.peak_flops(precision, config.tf32),
     )
 
 
@@ -187,12 +193,16 @@ def check_same_tokens(train: Tokenizer | None, val: Tokenizer | None) -> None:
 def check_supported(config: TrainConfig) -> None:
     """Refuse what other versions can do, rather than ignore it."""
     check_single_process(config)
-    if config.device == "cuda":
-        raise UsageError("--device cuda: this version has no CUDA backend; use --device cpu (or --dry-run)")
-    if config.log_gpu_every > 0:
-        raise UsageError(f"-lg {config.log_gpu_every} needs a GPU, this run is on the CPU: drop it")
     if config.hellaswag:
         raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
+
+
+def check_device(config: TrainConfig, device: Device) -> None:
+    """Refuse flags that can have no effect on the device."""
+    if device.is_cuda:
+        return
+    if config.log_gpu_every > 0:
+        raise UsageError(f"-lg {config.log_gpu_every} needs a GPU, this run is on the CPU: drop it")
 
 
 def resume_point(directory: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
@@ -233,10 +243,11 @@ def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelSh
         )
 
 
-def check_memory(buffers: list[Buffer]) -> None:
-    needed, available = total_bytes(buffers), memory_bytes()
-    if needed > available:
+def check_memory(buffers: list[Buffer], device: Device) -> None:
+    needed = total_bytes(buffers)
+    if needed > device.memory:
+        where = device.name if device.is_cuda else "this machine"
         raise RunError(
-            f"the run needs {needed // 2**20} MiB of memory, this machine has {available // 2**20} MiB: "
+            f"the run needs {needed // 2**20} MiB of memory, {where} has {device.memory // 2**20} MiB: "
             "lower -b or -t, raise -r, or use a smaller model (--dry-run shows what would fit)"
         )

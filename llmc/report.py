@@ -2,7 +2,6 @@
 
 from llmc.build import bytes_by_lifetime
 from llmc.logger import Row, table
-from llmc.machine import cpu_name, memory_bytes
 from llmc.model_file import ITEM_BYTES
 from llmc.prepare import Run
 
@@ -38,8 +37,8 @@ def parameter_table(run: Run) -> str:
         ("recompute", config.recompute),
     ]
     device: list[Row] = [
-        ("device", cpu_name()),
-        ("peak TFlops", f"{run.peak_flops / 1e12:.1f}"),
+        ("device", run.device.name),
+        ("peak TFlops", "n/a" if run.peak_flops is None else f"{run.peak_flops / 1e12:.1f}"),
         ("precision", run.precision.upper()),
     ]
     model: list[Row] = [
@@ -91,7 +90,7 @@ def memory_report(run: Run) -> str:
     B = run.config.batch_size
     lifetimes = bytes_by_lifetime(run.buffers)
     optimizer = {buffer.name: buffer.bytes for buffer in run.buffers if buffer.lifetime == "optimizer"}
-    used, memory = sum(lifetimes.values()), memory_bytes()
+    used, memory = sum(lifetimes.values()), run.device.memory
     per_sequence = lifetimes["activations"] // B
     lines = [
         f"allocating {lifetimes['gradients'] // MIB} MiB for parameter gradients",

@@ -2,9 +2,11 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import devices
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,3 +21,21 @@ def reference() -> ModuleType:
     sys.modules["train_gpt2"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the operations run on every device; those of the number of threads are about the CPU."""
+    if metafunc.module.__name__.startswith("test_ops_"):
+        metafunc.fixturenames.append("device")
+        gpu = pytest.param("gpu", marks=pytest.mark.gpu)
+        on_cpu_only = "thread" in metafunc.function.__name__
+        metafunc.parametrize("device", ["cpu"] if on_cpu_only else ["cpu", "cudasim", gpu], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of `devices.ops` during the test."""
+    choices = {"cpu": lambda: None, "cudasim": devices.simulator, "gpu": devices.gpu}
+    devices.ops.device = choices[request.param]()
+    yield request.param
+    devices.ops.device = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import llmc.dry_run
+import llmc.device
 from llmc import _C
 from llmc.cli.train import _main as command
 from llmc.errors import RunError, UsageError
@@ -103,7 +103,7 @@ CONFIGURATIONS = [  # flags, sizes of the model, options of the core
     ("-b 4 -t 32 --precision bf16", {}, {"precision": "bf16"}),
     ("-b 3 -t 15 --precision bf16 -w 0", {}, {"precision": "bf16", "master_weights": False}),
     ("-b 3 -t 17 --precision bf16 --grad-dtype fp32", {}, {"precision": "bf16", "grad_dtype": "fp32"}),
-    ("-b 2 -t 9 --device cuda -r 2", {}, {"precision": "bf16", "recompute": 2}),
+    ("-b 2 -t 9 --precision bf16 -r 2", {}, {"precision": "bf16", "recompute": 2}),
     # GPT-2's vocabulary: the logits are the largest buffer, here in several chunks.
     (
         "-b 8 -t 128 -r 0 --precision bf16 -e custom:l=3,c=48,h=3,t=128,v=50257",
@@ -237,8 +237,26 @@ def test_one_process_has_nothing_to_cut(dry_run, stage):
     assert report.totals == alone.totals and list(report.largest) == list(alone.largest)
 
 
+def test_a_gpu_on_paper(dry_run):
+    """A GPU need not be there; its operations have scratch memory of their own, and bf16 is the default."""
+    report = dry_run(f"{SMALL} -b 2 -t 9 --device cuda --memory 40")
+    options = {"batch_size": 2, "seq_len": 9, "precision": "bf16"}
+    expected = allocated(plan(SIZES, device="cuda", **options))
+    assert {name: report.totals[name] for name in LIFETIMES} == expected
+    on_cpu = allocated(plan(SIZES, **options))
+    assert expected == {**on_cpu, "activations": on_cpu["activations"] + 32 * MIB}
+    assert "what fits into 40.0 GiB" in report.text
+
+
+def test_a_gpu_on_paper_needs_its_memory(dry_run):
+    if not _C.why_no_cuda_device():
+        pytest.skip("there is a GPU, whose memory is known")
+    with pytest.raises(UsageError, match=r"--device cuda: .*; use --device cpu, or give a GPU's memory with --memory"):
+        dry_run(f"{SMALL} -b 2 -t 9 --device cuda")
+
+
 def test_memory_is_this_machines(dry_run, monkeypatch):
-    monkeypatch.setattr(llmc.dry_run, "memory_bytes", lambda: 3 * 2**30)
+    monkeypatch.setattr(llmc.device, "memory_bytes", lambda: 3 * 2**30)
     assert re.search(r"^total: .* of 3072\.0 MiB: fits$", dry_run(f"{SMALL} -t 16").text, re.MULTILINE)
     text = dry_run(f"{SMALL} -t 16 --memory 80").text
     assert "of 81920.0 MiB: fits" in text and "what fits into 80.0 GiB at -t 16:" in text

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import ops
 from ops_testing import (
     DTYPES_X_G,
     F32,
@@ -43,7 +44,7 @@ def test_steps(n: int, dtype: torch.dtype, grad_dtype: torch.dtype, master_weigh
     master = param.float().clone() if master_weights else None
     m, v = torch.zeros(n), torch.zeros(n)
     for t, grad in enumerate(grads, start=1):
-        _C.ops.adamw(param, grad, m, v, master, **HYPER, weight_decay=weight_decay, t=t, grad_scale=scale, seed=7)
+        ops.adamw(param, grad, m, v, master, **HYPER, weight_decay=weight_decay, t=t, grad_scale=scale, seed=7)
 
     w64, m64, v64 = reference(start, [g.double() * scale for g in grads], weight_decay)
     # m and v: scale and betas are rounded to fp32, each step has three or four operations; relative to the largest
@@ -70,7 +71,7 @@ def test_rounding_is_a_function_of_the_index(layer: int, first: int, grad_dtype:
     param, grad = normal((n,), torch.bfloat16, 1), normal((n,), grad_dtype, 2)
     master, m, v = param.float(), torch.zeros(n), torch.zeros(n)
     arguments = {**HYPER, "weight_decay": 0.1, "t": 1, "grad_scale": 1.0, "seed": seed, "layer": layer}
-    _C.ops.adamw(param, grad, m, v, master, **arguments, first=first)
+    ops.adamw(param, grad, m, v, master, **arguments, first=first)
     index = torch.arange(first, first + n)
     assert same_bits(param, round_stochastically(master, index % 512, 512 * (index // 512) + layer, seed))
 
@@ -83,26 +84,26 @@ def test_round_parameters(n: int, layer: int, first: int) -> None:
     master = normal((n,), torch.float32, 1, scale=0.02)
     before = master.clone()
     rounded, updated = (torch.full((n,), 7.0, dtype=torch.bfloat16) for _ in range(2))
-    _C.ops.round_parameters(rounded, master, **place)
+    ops.round_parameters(rounded, master, **place)
     index = torch.arange(first, first + n)
     assert same_bits(rounded, round_stochastically(master, index % 512, 512 * (index // 512) + layer, place["seed"]))
 
     m, v, grad = torch.zeros(n), torch.zeros(n), normal((n,), torch.bfloat16, 2)
     still = {**HYPER, "lr": 0.0, "weight_decay": 0.0, "t": 1, "grad_scale": 1.0}
-    _C.ops.adamw(updated, grad, m, v, master, **still, **place)
+    ops.adamw(updated, grad, m, v, master, **still, **place)
     assert same_bits(master, before)
     assert same_bits(rounded, updated)
 
 
 def test_round_parameters_copies_to_fp32() -> None:
     master, param = normal((1543,), torch.float32, 1), torch.zeros(1543)
-    _C.ops.round_parameters(param, master, seed=1)
+    ops.round_parameters(param, master, seed=1)
     assert same_bits(param, master)
 
 
 def test_round_parameters_refuses_negative_indices() -> None:
     with pytest.raises(_C.Error, match="round_parameters: layer=0 and first=-1 must not be negative"):
-        _C.ops.round_parameters(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2), first=-1)
+        ops.round_parameters(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2), first=-1)
 
 
 def test_slices_equal_the_whole() -> None:
@@ -110,9 +111,9 @@ def test_slices_equal_the_whole() -> None:
     whole = [normal((n,), torch.bfloat16, 1), normal((n,), torch.float32, 2), torch.zeros(n), torch.zeros(n)]
     parts = [t.clone() for t in whole]
     arguments = {**HYPER, "weight_decay": 0.1, "t": 3, "grad_scale": 0.5, "seed": 5, "layer": 2}
-    _C.ops.adamw(*whole, None, **arguments)
+    ops.adamw(*whole, None, **arguments)
     for begin, end in [(0, 600), (600, 601), (601, n)]:
-        _C.ops.adamw(*[t[begin:end] for t in parts], None, **arguments, first=begin)
+        ops.adamw(*[t[begin:end] for t in parts], None, **arguments, first=begin)
     for a, b in zip(whole, parts, strict=True):
         assert same_bits(a, b)
 
@@ -122,15 +123,15 @@ def test_fp32_weights_are_their_own_master() -> None:
     with_master = [t.clone() for t in own]
     master = own[0].clone()
     arguments = {**HYPER, "weight_decay": 0.1, "t": 1, "grad_scale": 1.0}
-    _C.ops.adamw(*own, None, **arguments)
-    _C.ops.adamw(*with_master, master, **arguments)
+    ops.adamw(*own, None, **arguments)
+    ops.adamw(*with_master, master, **arguments)
     assert same_bits(own[0], with_master[0]) and same_bits(own[0], master)
 
 
 def test_bias_correction_of_late_steps() -> None:
     """At t = 100000 both corrections are 1."""
     m, v, param = torch.ones(1), torch.ones(1), torch.ones(1)
-    _C.ops.adamw(param, torch.ones(1), m, v, None, 0.5, 0.9, 0.95, 1e-8, 0.0, 100000, 1.0)
+    ops.adamw(param, torch.ones(1), m, v, None, 0.5, 0.9, 0.95, 1e-8, 0.0, 100000, 1.0)
     assert param.item() == pytest.approx(0.5, abs=2 * F32)  # m = v = 1 up to one rounding each
 
 
@@ -140,7 +141,7 @@ def test_thread_counts() -> None:
 
     def run() -> list[torch.Tensor]:
         tensors = [t.clone() for t in start]
-        _C.ops.adamw(*tensors, None, **HYPER, weight_decay=0.1, t=1, grad_scale=1.0, seed=3)
+        ops.adamw(*tensors, None, **HYPER, weight_decay=0.1, t=1, grad_scale=1.0, seed=3)
         return tensors
 
     assert_same_for_all_thread_counts(run)

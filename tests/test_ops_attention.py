@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
+from devices import ops
 from ops_testing import DTYPES, F32, UNIT_ROUNDOFF, assert_same_for_all_thread_counts, assert_within, normal
-
-from llmc import _C
 
 # (B, T, NH, HS): one position, less than a block of queries (64), exactly one, one more, many, more than one block of
 # keys (1024); few heads (backward by blocks) and many (backward by heads); head sizes that are no multiple of a vector.
@@ -53,8 +52,8 @@ def run(qkv: torch.Tensor, dout: torch.Tensor, num_heads: int) -> list[torch.Ten
     B, T, _ = qkv.shape
     out, dqkv = torch.full_like(dout, torch.nan), torch.full_like(qkv, torch.nan)
     lse = torch.full((B, num_heads, T), torch.nan)
-    _C.ops.attention_forward(out, lse, qkv, num_heads)
-    _C.ops.attention_backward(dqkv, dout, out, lse, qkv, num_heads)
+    ops.attention_forward(out, lse, qkv, num_heads)
+    ops.attention_backward(dqkv, dout, out, lse, qkv, num_heads)
     return [out, lse, dqkv]
 
 

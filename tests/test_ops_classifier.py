@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
+from devices import ops
 from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, assert_within, normal
-
-from llmc import _C
 
 # (N, V, Vp): one row, no padding, V no multiple of a vector, more than one block (2048), GPT-2's vocabulary.
 SHAPES = [(1, 1, 8), (1, 17, 64), (5, 64, 64), (67, 251, 256), (3, 2048, 2048), (4, 4099, 4224), (9, 50257, 50304)]
@@ -28,7 +27,7 @@ def test_losses_and_gradient(shape: tuple[int, int, int], seed: int, dtype: torc
     logits[:, V:] = 1000  # the padding takes no part
     start = normal((N,), torch.float32, seed=seed)
     losses, gradient = start.clone(), logits.clone()
-    _C.ops.fused_classifier(gradient, losses, targets, V, DLOSS, True)
+    ops.fused_classifier(gradient, losses, targets, V, DLOSS, True)
 
     leaf = logits[:, :V].double().requires_grad_()
     loss = torch.nn.functional.cross_entropy(leaf, targets.long(), reduction="none")
@@ -48,9 +47,9 @@ def test_losses_and_gradient(shape: tuple[int, int, int], seed: int, dtype: torc
 def test_without_gradient_the_logits_stay(dtype: torch.dtype) -> None:
     logits, targets = normal((6, 320), dtype, seed=1), targets_of(6, 300)
     kept, losses, losses_with = logits.clone(), torch.zeros(6), torch.zeros(6)
-    _C.ops.fused_classifier(logits, losses, targets, 300, DLOSS, False)
+    ops.fused_classifier(logits, losses, targets, 300, DLOSS, False)
     assert torch.equal(logits, kept)
-    _C.ops.fused_classifier(logits, losses_with, targets, 300, DLOSS, True)
+    ops.fused_classifier(logits, losses_with, targets, 300, DLOSS, True)
     assert torch.equal(losses, losses_with)
     assert not torch.equal(logits, kept)
 
@@ -66,7 +65,7 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
     logits[4] = 0
     logits[4, 9] = torch.nan
     losses = torch.zeros(5)
-    _C.ops.fused_classifier(logits, losses, torch.tensor([2400, 0, 8, 7, 1], dtype=torch.int32), V, 1.0, True)
+    ops.fused_classifier(logits, losses, torch.tensor([2400, 0, 8, 7, 1], dtype=torch.int32), V, 1.0, True)
     assert losses[:2].tolist() == [0, 0]
     # log(V) in fp32, after a sum of V ones, which is exact.
     assert abs(losses[2].item() - math.log(V)) < 4 * F32 * math.log(V)
@@ -83,7 +82,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 
     def run() -> list[torch.Tensor]:
         gradient, losses = logits.clone(), torch.zeros(130)
-        _C.ops.fused_classifier(gradient, losses, targets, 1000, DLOSS, True)
+        ops.fused_classifier(gradient, losses, targets, 1000, DLOSS, True)
         return [gradient, losses]
 
     assert_same_for_all_thread_counts(run)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import ops
 from ops_testing import (
     DTYPES,
     DTYPES_X_G,
@@ -12,8 +13,6 @@ from ops_testing import (
     round_stochastically,
     same_bits,
 )
-
-from llmc import _C
 
 # B, T, C, rows of wte, rows of wpe, ids drawn from: few ids give many repetitions; C = 300 needs two blocks of columns.
 CASES = [
@@ -35,7 +34,7 @@ def test_forward(case: tuple[int, ...], dtype: torch.dtype) -> None:
     B, T, C, Vp, max_T, ids = case
     wte, wpe, tokens = normal((Vp, C), dtype, 1), normal((max_T, C), dtype, 2), random_tokens(B, T, ids, seed=3)
     out = torch.full((B, T, C), torch.nan, dtype=dtype)
-    _C.ops.embedding_forward(out, tokens, wte, wpe)
+    ops.embedding_forward(out, tokens, wte, wpe)
     assert same_bits(out, (wte.float()[tokens.long()] + wpe.float()[:T]).to(dtype))
 
 
@@ -47,7 +46,7 @@ def test_backward(case: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.d
     dwte, dwpe = normal((Vp, C), grad_dtype, 3), normal((max_T, C), grad_dtype, 4)
     wte_start, wpe_start = dwte.clone(), dwpe.clone()
     seed = 4294967295  # dwpe's seed + 1 wraps around
-    _C.ops.embedding_backward(dwte, dwpe, dout, tokens, seed)
+    ops.embedding_backward(dwte, dwpe, dout, tokens, seed)
 
     # The order of the additions is part of the contract: the same fp32 sums in the same order give the same bits.
     wte_sum, wpe_sum = torch.zeros(Vp, C), torch.zeros(max_T, C)
@@ -82,7 +81,7 @@ def test_thread_counts(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
 
     def run() -> list[torch.Tensor]:
         dwte, dwpe = torch.zeros(Vp, C, dtype=grad_dtype), torch.zeros(T, C, dtype=grad_dtype)
-        _C.ops.embedding_backward(dwte, dwpe, dout, tokens, 5)
+        ops.embedding_backward(dwte, dwpe, dout, tokens, 5)
         return [dwte, dwpe]
 
     assert_same_for_all_thread_counts(run)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from devices import ops
 from ops_testing import DTYPES, DTYPES_X_G, F32, assert_same_for_all_thread_counts, assert_within, normal, same_bits
-
-from llmc import _C
 
 EPS = 1e-5
 SHAPES = [(1, 8), (1, 768), (2, 1), (5, 33), (64, 97), (67, 128), (1031, 24), (129, 1600)]
@@ -41,7 +40,7 @@ def test_forward(shape: tuple[int, int], offset: float, dtype: torch.dtype) -> N
     x = normal(shape, dtype, seed=C, scale=2, offset=offset)
     weight, bias = normal((C,), dtype, seed=1, offset=1), normal((C,), dtype, seed=2)
     out, mean, rstd = torch.full_like(x, torch.nan), torch.full((N,), torch.nan), torch.full((N,), torch.nan)
-    _C.ops.layernorm_forward(out, mean, rstd, x, weight, bias)
+    ops.layernorm_forward(out, mean, rstd, x, weight, bias)
     check_forward(out, mean, rstd, x, weight, bias)
 
 
@@ -55,13 +54,13 @@ def test_residual_forward(shape: tuple[int, int], place: str, dtype: torch.dtype
     expected = (a.float() + b.float()).to(dtype)
     residual = {"apart": torch.full_like(a, torch.nan), "in a": a, "in b": b}[place]
     out, mean, rstd = torch.empty_like(a), torch.empty(N), torch.empty(N)
-    _C.ops.residual_layernorm_forward(residual, out, mean, rstd, a, b, weight, bias)
+    ops.residual_layernorm_forward(residual, out, mean, rstd, a, b, weight, bias)
     assert same_bits(residual, expected)
     check_forward(out, mean, rstd, residual, weight, bias)
 
     # Recomputation in the backward pass starts from the stored residual: it must find the same bits.
     again = [torch.empty_like(out), torch.empty(N), torch.empty(N)]
-    _C.ops.layernorm_forward(*again, residual, weight, bias)
+    ops.layernorm_forward(*again, residual, weight, bias)
     for x, y in zip(again, [out, mean, rstd], strict=True):
         assert same_bits(x, y)
 
@@ -75,7 +74,7 @@ def test_backward(shape: tuple[int, int], dtype: torch.dtype, grad_dtype: torch.
     mean, rstd = statistics(x)
     dx, dweight, dbias = normal(shape, dtype, 2), normal((C,), grad_dtype, 3), normal((C,), grad_dtype, 4)
     start = [t.double() for t in (dx, dweight, dbias)]
-    _C.ops.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean.float().flatten(), rstd.float().flatten())
+    ops.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean.float().flatten(), rstd.float().flatten())
 
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     b64 = torch.zeros(C, dtype=torch.float64, requires_grad=True)
@@ -100,9 +99,9 @@ def test_thread_counts(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
 
     def run() -> list[torch.Tensor]:
         residual, out, mean, rstd = torch.empty_like(x), torch.empty_like(x), torch.empty(N), torch.empty(N)
-        _C.ops.residual_layernorm_forward(residual, out, mean, rstd, x, b, weight, bias)
+        ops.residual_layernorm_forward(residual, out, mean, rstd, x, b, weight, bias)
         dx, dweight, dbias = torch.zeros_like(x), torch.zeros(C, dtype=grad_dtype), torch.zeros(C, dtype=grad_dtype)
-        _C.ops.layernorm_backward(dx, dweight, dbias, dout, residual, weight, mean, rstd)
+        ops.layernorm_backward(dx, dweight, dbias, dout, residual, weight, mean, rstd)
         return [residual, out, mean, rstd, dx, dweight, dbias]
 
     assert_same_for_all_thread_counts(run)

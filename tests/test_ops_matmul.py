@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
+from devices import ops
 from ops_testing import DTYPES, DTYPES_X_G, F32, assert_same_for_all_thread_counts, assert_within, normal, same_bits
-
-from llmc import _C
 
 # (N, IC, OC): a single row, single elements, primes, several tiles in both directions, several bf16 panels (512) deep.
 SHAPES = [
@@ -35,7 +34,7 @@ def test_forward(shape: tuple[int, int, int], with_bias: bool, dtype: torch.dtyp
     x, weight = normal((N, IC), dtype, seed=N), normal((OC, IC), dtype, seed=OC, scale=0.1)
     bias = normal((OC,), dtype, seed=3) if with_bias else None
     out = torch.full((N, OC), torch.nan, dtype=dtype)
-    _C.ops.matmul_forward(out, x, weight, bias)
+    ops.matmul_forward(out, x, weight, bias)
     expected, error = x.double() @ weight.double().T, product_error(x, weight.T)
     if bias is not None:
         expected += bias.double()
@@ -49,7 +48,7 @@ def test_backward_input(shape: tuple[int, int, int], dtype: torch.dtype) -> None
     N, IC, OC = shape
     dout, weight = normal((N, OC), dtype, seed=N), normal((OC, IC), dtype, seed=OC, scale=0.1)
     dx = torch.full((N, IC), torch.nan, dtype=dtype)
-    _C.ops.matmul_backward_input(dx, dout, weight)
+    ops.matmul_backward_input(dx, dout, weight)
     assert_within(dx, dout.double() @ weight.double(), product_error(dout, weight))
 
 
@@ -60,7 +59,7 @@ def test_backward_weight_accumulates(shape: tuple[int, int, int], dtype: torch.d
     dout, x = normal((N, OC), dtype, seed=N), normal((N, IC), dtype, seed=IC)
     start = normal((OC, IC), grad_dtype, seed=5, scale=10)
     dweight = start.clone()
-    _C.ops.matmul_backward_weight(dweight, dout, x)
+    ops.matmul_backward_weight(dweight, dout, x)
     # The running sum may include the start value: each of its N additions rounds by F32 of it at most.
     error = product_error(dout.T, x) + (math.sqrt(N) + 4) * F32 * start.double().abs()
     assert_within(dweight, start.double() + dout.double().T @ x.double(), error)
@@ -72,7 +71,7 @@ def test_bias_backward_accumulates(shape: tuple[int, int], dtype: torch.dtype, g
     N, OC = shape
     dout, start = normal(shape, dtype, seed=N), normal((OC,), grad_dtype, seed=5, scale=10)
     dbias = start.clone()
-    _C.ops.bias_backward(dbias, dout)
+    ops.bias_backward(dbias, dout)
     error = (math.sqrt(N) + 4) * F32 * dout.double().abs().sum(0) + F32 * start.double().abs()
     assert_within(dbias, start.double() + dout.double().sum(0), error)
 
@@ -87,19 +86,19 @@ def test_fused_gelu_equals_the_separate_operations(
     x, weight = normal((N, IC), dtype, seed=N), normal((OC, IC), dtype, seed=OC, scale=0.1)
     bias = normal((OC,), dtype, seed=3) if with_bias else None
     pre, out = (torch.full((N, OC), torch.nan, dtype=dtype) for _ in range(2))
-    _C.ops.matmul_gelu_forward(out, pre, x, weight, bias)
+    ops.matmul_gelu_forward(out, pre, x, weight, bias)
     expected_pre, expected_out = torch.empty_like(pre), torch.empty_like(out)
-    _C.ops.matmul_forward(expected_pre, x, weight, bias)
-    _C.ops.gelu_forward(expected_out, expected_pre)
+    ops.matmul_forward(expected_pre, x, weight, bias)
+    ops.gelu_forward(expected_out, expected_pre)
     assert same_bits(pre, expected_pre)
     assert same_bits(out, expected_out)
 
     # Backward, the other way through the same weight: pre belongs to its input.
     pre, dout = normal((N, IC), dtype, seed=6), normal((N, OC), dtype, seed=7)
     dpre, expected = torch.full_like(pre, torch.nan), torch.empty_like(pre)
-    _C.ops.matmul_gelu_backward_input(dpre, dout, weight, pre)
-    _C.ops.matmul_backward_input(expected, dout, weight)
-    _C.ops.gelu_backward(expected, pre)
+    ops.matmul_gelu_backward_input(dpre, dout, weight, pre)
+    ops.matmul_backward_input(expected, dout, weight)
+    ops.gelu_backward(expected, pre)
     assert same_bits(dpre, expected)
 
 
@@ -115,11 +114,11 @@ def test_results_do_not_depend_on_the_number_of_threads(
     def run() -> list[torch.Tensor]:
         out, pre, dx, dpre = (torch.empty_like(t) for t in (dout, dout, x, x))
         dweight, dbias = torch.ones(OC, IC, dtype=grad_dtype), torch.ones(OC, dtype=grad_dtype)
-        _C.ops.matmul_gelu_forward(out, pre, x, weight, bias)
-        _C.ops.matmul_backward_input(dx, dout, weight)
-        _C.ops.matmul_gelu_backward_input(dpre, dout, weight, x)
-        _C.ops.matmul_backward_weight(dweight, dout, x)
-        _C.ops.bias_backward(dbias, dout)
+        ops.matmul_gelu_forward(out, pre, x, weight, bias)
+        ops.matmul_backward_input(dx, dout, weight)
+        ops.matmul_gelu_backward_input(dpre, dout, weight, x)
+        ops.matmul_backward_weight(dweight, dout, x)
+        ops.bias_backward(dbias, dout)
         return [out, pre, dx, dpre, dweight, dbias]
 
     assert_same_for_all_thread_counts(run)
@@ -130,7 +129,7 @@ def test_nan_and_infinity_propagate(dtype: torch.dtype) -> None:
     x, weight = torch.ones(4, 16, dtype=dtype), torch.ones(24, 16, dtype=dtype)
     x[1, 3], x[2, 5] = torch.nan, torch.inf
     out = torch.empty(4, 24, dtype=dtype)
-    _C.ops.matmul_forward(out, x, weight, None)
+    ops.matmul_forward(out, x, weight, None)
     assert out[1].isnan().all()
     assert (out[2] == torch.inf).all()
     assert (out[0] == 16).all()

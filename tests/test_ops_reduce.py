@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from devices import ops
 from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, normal, same_bits
-
-from llmc import _C
 
 # A work item has 16384 elements and a parallel region 512 of them.
 SIZES = [1, 7, 1023, 1025, 16384, 16385, 100003, 512 * 16384 + 5]
@@ -18,26 +17,26 @@ SIZES = [1, 7, 1023, 1025, 16384, 16385, 100003, 512 * 16384 + 5]
 def test_sum_of_squares(n: int, dtype: torch.dtype) -> None:
     x = normal((n,), dtype, seed=n)
     # Blocks of 1024 are added in fp32, in chains of at most 256 additions, the rest in double; all terms are positive.
-    assert _C.ops.sum_of_squares([x]) == pytest.approx(x.double().square().sum().item(), rel=16 * F32)
+    assert ops.sum_of_squares([x]) == pytest.approx(x.double().square().sum().item(), rel=16 * F32)
 
 
 def test_sum_of_squares_of_a_list() -> None:
     tensors = [normal((3 * i + 1,), DTYPES[i % 2], seed=i) for i in range(50)] + [normal((40000,), torch.bfloat16, 1)]
     expected = sum(x.double().square().sum().item() for x in tensors)
-    assert _C.ops.sum_of_squares(tensors) == pytest.approx(expected, rel=16 * F32)
+    assert ops.sum_of_squares(tensors) == pytest.approx(expected, rel=16 * F32)
 
 
 def test_sum_of_squares_keeps_nan() -> None:
     x = torch.zeros(20000)
     x[17000] = torch.nan
-    assert math.isnan(_C.ops.sum_of_squares([torch.ones(3), x]))
+    assert math.isnan(ops.sum_of_squares([torch.ones(3), x]))
 
 
 @pytest.mark.parametrize("n", SIZES)
 def test_sum(n: int) -> None:
     x = normal((n,), torch.float32, seed=n, offset=0.5)
     exact = x.double()
-    assert _C.ops.sum(x) == pytest.approx(exact.sum().item(), abs=16 * F32 * exact.abs().sum().item())
+    assert ops.sum(x) == pytest.approx(exact.sum().item(), abs=16 * F32 * exact.abs().sum().item())
 
 
 @pytest.mark.parametrize(
@@ -52,17 +51,17 @@ def test_sum(n: int) -> None:
     ],
 )
 def test_clip_scale(total: float, max_norm: float, norm: float, scale: float) -> None:
-    assert _C.ops.clip_scale(total, max_norm) == (norm, scale)
+    assert ops.clip_scale(total, max_norm) == (norm, scale)
 
 
 def test_clip_scale_of_nan() -> None:
-    norm, scale = _C.ops.clip_scale(math.nan, 1.0)
+    norm, scale = ops.clip_scale(math.nan, 1.0)
     assert math.isnan(norm) and scale == 1
 
 
 def test_thread_counts() -> None:
     x, y = normal((300007,), torch.float32, 1), normal((40001,), torch.bfloat16, 2)
-    assert_same_for_all_thread_counts(lambda: [torch.tensor([_C.ops.sum(x), _C.ops.sum_of_squares([x, y])])])
+    assert_same_for_all_thread_counts(lambda: [torch.tensor([ops.sum(x), ops.sum_of_squares([x, y])])])
 
 
 def all_bf16() -> torch.Tensor:
@@ -72,9 +71,9 @@ def all_bf16() -> torch.Tensor:
 def test_cast_of_every_bf16_value_and_back() -> None:
     x = all_bf16()
     wide, back = torch.empty(65536), torch.empty_like(x)
-    _C.ops.cast(wide, x)
+    ops.cast(wide, x)
     assert same_bits(wide, x.float())
-    _C.ops.cast(back, wide)
+    ops.cast(back, wide)
     number = ~x.isnan()
     assert same_bits(back[number], x[number])
     assert back[~number].isnan().all()
@@ -86,7 +85,7 @@ def test_cast_rounds_to_nearest_even(n: int) -> None:
     bits[: n // 2] = bits[: n // 2] & 0xFFFF0000 | 0x8000  # ties
     x = torch.from_numpy(bits.view(np.int32)).view(torch.float32)
     out = torch.empty(n, dtype=torch.bfloat16)
-    _C.ops.cast(out, x)
+    ops.cast(out, x)
     number = ~x.isnan()
     assert same_bits(out[number], x.to(torch.bfloat16)[number])
     assert out[~number].isnan().all()
@@ -96,7 +95,7 @@ def test_cast_rounds_to_nearest_even(n: int) -> None:
 def test_cast_to_the_same_dtype_copies(dtype: torch.dtype) -> None:
     x = normal((1001,), dtype, 1)
     out = torch.empty_like(x)
-    _C.ops.cast(out, x)
+    ops.cast(out, x)
     assert same_bits(out, x)
 
 
@@ -106,5 +105,5 @@ def test_cast_to_the_same_dtype_copies(dtype: torch.dtype) -> None:
 def test_accumulate(n: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     out, x = normal((n,), out_dtype, 1), normal((n,), dtype, 2)
     expected = (out.float() + x.float()).to(out_dtype)
-    _C.ops.accumulate(out, x)
+    ops.accumulate(out, x)
     assert same_bits(out, expected)

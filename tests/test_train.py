@@ -480,7 +480,6 @@ REFUSED = [  # flags, exit status, what the message must contain
     ),
     ("-e no/chessGPT_d8_bf16.bin", 1, "make it, with random weights: llmc-init chess:d8 --out no/chessGPT_d8_bf16.bin"),
     ("-e chessGPT_d8_bf16.bin", 1, "there is no such file; make it, with random weights: llmc-init chess:d8"),
-    ("--device cuda", 2, "--device cuda: this version has no CUDA backend; use --device cpu"),
     ("-lg 10", 2, "-lg 10 needs a GPU, this run is on the CPU: drop it"),
     ("-h 1", 2, "-h 1: this version has no HellaSwag evaluation; drop it"),
     ("-pn 2", 2, "-pn 2 has no effect with -pm mpi"),

@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "bindings/bindings.h"
+#include "bindings/devices.h"
 #include "core/check.h"
 
 namespace llmc::bindings {
@@ -53,7 +54,10 @@ void Arguments::wrong_shape(const char* name, const at::Tensor& tensor, const ch
 Tensor Arguments::in(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape) {
   const char* operation = operation_.c_str();
   LLMC_CHECK(tensor.defined(), "%s: %s is missing", operation, name);
-  LLMC_CHECK(tensor.is_cpu(), "%s: %s is not in CPU memory", operation, name);
+  const Device device = device_of(operation, name, tensor);
+  if (seen_.empty()) device_ = device;
+  LLMC_CHECK(device == device_, "%s: %s is on %s, %s on %s", operation, name, name_of(device).c_str(),
+             seen_.front().name, name_of(device_).c_str());
   LLMC_CHECK(tensor.is_contiguous(), "%s: %s is not contiguous, call .contiguous()", operation, name);
   LLMC_CHECK(tensor.numel() > 0, "%s: %s is empty", operation, name);
   const DType actual = check_dtype(name, tensor.scalar_type(), dtype);
@@ -65,6 +69,8 @@ Tensor Arguments::in(const char* name, const at::Tensor& tensor, const char* dty
   const bool absorbs = symbols.front() == "N";
   if (absorbs ? tensor.dim() < ndim : tensor.dim() != ndim) wrong_shape(name, tensor, shape);
   Tensor view{tensor.data_ptr(), actual, int(ndim), {1, 1, 1, 1}};
+  LLMC_CHECK(!device.cuda || reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
+             "%s: %s must start at a multiple of 16 bytes on CUDA, call .clone()", operation, name);
   for (int64_t i = 0; i < ndim; i++) {
     int64_t extent = tensor.size(tensor.dim() - ndim + i);
     if (i == 0 && absorbs) {
@@ -98,12 +104,14 @@ Tensor Arguments::out(const char* name, const at::Tensor& tensor, const char* dt
   return view;
 }
 
-void Arguments::check_ids(const char* name, Tensor ids, int64_t limit) const {
-  for (int64_t i = 0; i < ids.numel(); i++) {
-    const int32_t id = ids.as<int32_t>()[i];
-    LLMC_CHECK(id >= 0 && id < limit, "%s: %s holds %d at index %" PRId64 ", ids must be in [0, %" PRId64 ")",
-               operation_.c_str(), name, id, i, limit);
+std::vector<int32_t> Arguments::checked_ids(const char* name, Tensor ids, int64_t limit) const {
+  std::vector<int32_t> host(ids.numel());
+  CurrentOps(device_)->download(host.data(), ids);
+  for (size_t i = 0; i < host.size(); i++) {
+    LLMC_CHECK(host[i] >= 0 && host[i] < limit, "%s: %s holds %d at index %zu, ids must be in [0, %" PRId64 ")",
+               operation_.c_str(), name, host[i], i, limit);
   }
+  return host;
 }
 
 }  // namespace llmc::bindings

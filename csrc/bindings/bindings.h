@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device.h"
 #include "core/tensor.h"
 
 namespace llmc::bindings {
@@ -42,8 +43,11 @@ class Arguments {
 
   int64_t dimension(const std::string& symbol) const { return dimensions_.at(symbol); }
 
-  // Throws unless all ids are in [0, limit).
-  void check_ids(const char* name, Tensor ids, int64_t limit) const;
+  // Of all arguments so far; they must be on one device.
+  Device device() const { return device_; }
+
+  // The ids in host memory; waits for the device if they are not there yet. Throws unless all are in [0, limit).
+  std::vector<int32_t> checked_ids(const char* name, Tensor ids, int64_t limit) const;
 
  private:
   DType check_dtype(const char* name, at::ScalarType type, const std::string& expected);
@@ -56,6 +60,7 @@ class Arguments {
   };
 
   std::string operation_;
+  Device device_;
   std::vector<Seen> seen_;
   std::map<std::string, int64_t> dimensions_;
   std::map<std::string, DType> dtypes_;

@@ -1,15 +1,16 @@
 // llmc._C.GPT2 and its configuration.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 
 #include <cinttypes>
 #include <memory>
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "bindings/devices.h"
 #include "comm/single.h"
 #include "core/check.h"
 #include "cpu/make_cpu_ops.h"
+#include "cuda/make_cuda_ops.h"
 #include "gpt2/model.h"
 
 namespace llmc::bindings {
@@ -19,7 +20,7 @@ using Model = std::shared_ptr<GPT2>;
 
 // A torch view of the model's memory that keeps the model alive.
 at::Tensor torch_view(const Model& model, const Tensor& tensor, c10::IntArrayRef shape) {
-  return at::from_blob(tensor.data, shape, [model](void*) {}, at::TensorOptions(torch_dtype(tensor.dtype)));
+  return view_of_memory(model, model->options().device, tensor, shape);
 }
 
 at::Tensor torch_view(const Model& model, const Tensor& tensor) {
@@ -98,7 +99,7 @@ py::dict optimizer_state(const Model& model, const std::string& name) {
     // Whole tensors in their own shape, parts of tensors flat.
     return state && state.numel() == tensor.numel ? torch_view(model, state, tensor.shape)
            : state                                ? torch_view(model, state)
-                                                  : at::empty({0}, at::TensorOptions(at::kFloat));
+                                                  : torch_view(model, make_tensor(nullptr, DType::F32, 0));
   });
 }
 
@@ -141,24 +142,27 @@ void register_model(py::module_& module) {
       .def_property_readonly("num_parameters", &GPT2Config::num_parameters);
 
   py::class_<Options>(module, "Options", "How a model is run; see csrc/gpt2/config.h.")
-      .def(py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
-                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
-                       bool master_weights, int zero_stage, int64_t classifier_rows) {
-             Options options;
-             options.batch_size = batch_size;
-             options.seq_len = seq_len;
-             options.precision = parse_dtype(precision);
-             options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
-             options.recompute = recompute;
-             options.gelu_fusion = gelu_fusion;
-             options.master_weights = master_weights;
-             options.zero_stage = zero_stage;
-             options.classifier_rows = classifier_rows;
-             return options;
-           }),
-           py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
-           "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
-           "classifier_rows"_a = 0)
+      .def(
+          py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
+                      const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion, bool master_weights,
+                      int zero_stage, int64_t classifier_rows, const std::string& device, bool tf32) {
+            Options options;
+            options.device = parse_device(device);
+            options.tf32 = tf32;
+            options.batch_size = batch_size;
+            options.seq_len = seq_len;
+            options.precision = parse_dtype(precision);
+            options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
+            options.recompute = recompute;
+            options.gelu_fusion = gelu_fusion;
+            options.master_weights = master_weights;
+            options.zero_stage = zero_stage;
+            options.classifier_rows = classifier_rows;
+            return options;
+          }),
+          py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
+          "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
+          "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
@@ -167,7 +171,9 @@ void register_model(py::module_& module) {
       .def_readonly("gelu_fusion", &Options::gelu_fusion)
       .def_readonly("master_weights", &Options::master_weights)
       .def_readonly("zero_stage", &Options::zero_stage)
-      .def_readonly("classifier_rows", &Options::classifier_rows);
+      .def_readonly("classifier_rows", &Options::classifier_rows)
+      .def_property_readonly("device", [](const Options& self) { return name_of(self.device); })
+      .def_readonly("tf32", &Options::tf32);
 
   module.def(
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
@@ -178,7 +184,9 @@ void register_model(py::module_& module) {
                           "or until they are written.")
       .def(py::init([](const GPT2Config& config, const Options& options) {
              py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
-             return std::make_shared<GPT2>(config, options, make_cpu_ops(), std::make_unique<SingleProcess>());
+             const Device device = options.device;
+             auto ops = device.cuda ? make_cuda_ops(device.index, options.tf32) : make_cpu_ops();
+             return std::make_shared<GPT2>(config, options, std::move(ops), std::make_unique<SingleProcess>());
            }),
            "config"_a, "options"_a)
       .def_property_readonly("config", &GPT2::config)

@@ -4,6 +4,7 @@
 #include "core/check.h"
 #include "cpu/blas.h"
 #include "cpu/make_cpu_ops.h"
+#include "cuda/make_cuda_ops.h"
 
 namespace llmc::bindings {
 
@@ -16,11 +17,29 @@ void register_build_info(py::module_& module) {
         info["cpu_isas"] = available_isas();
         info["blas"] = blas::name();
         info["compiler"] = __VERSION__;
-        info["cuda"] = false;
+        info["cuda"] = has_cuda();
         info["threads"] = omp_get_max_threads();
         return info;
       },
       "What this build of the core is made of.");
+  module.def("why_no_cuda_device", &why_no_cuda_device, "Why there is no usable CUDA device, or an empty string.");
+  module.def(
+      "cuda_devices",
+      [] {
+        py::list devices;
+        for (int i = 0; i < cuda_device_count(); i++) {
+          const CudaDevice device = cuda_device(i);
+          py::dict entry;
+          entry["name"] = device.name;
+          entry["compute_capability"] = py::make_tuple(device.compute_capability / 10, device.compute_capability % 10);
+          entry["multiprocessors"] = device.multiprocessors;
+          entry["memory"] = device.memory;
+          entry["shared_memory_per_block"] = device.shared_memory_per_block;
+          devices.append(entry);
+        }
+        return devices;
+      },
+      "The CUDA devices that can be used: name, compute capability, multiprocessors, memory in bytes.");
   module.def(
       "peak_flops", [] { return make_cpu_ops()->peak_flops(); }, py::call_guard<py::gil_scoped_release>(),
       "fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms.");

@@ -1,13 +1,12 @@
 // llmc._C.ops: every operation of ops/ops.h on torch tensors, arguments in the order of the contract.
 #include <cinttypes>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/devices.h"
 #include "core/check.h"
 #include "core/token_order.h"
-#include "cpu/make_cpu_ops.h"
 #include "ops/ops.h"
 
 namespace llmc::bindings {
@@ -16,12 +15,31 @@ namespace {
 using TensorArg = const at::Tensor&;
 using OptionalTensorArg = const std::optional<at::Tensor>&;
 
-Ops& ops() {
-  static const std::unique_ptr<Ops> instance = make_cpu_ops();
-  return *instance;
-}
+// Numbers in the device's memory for the duration of a call.
+class Scalars {
+ public:
+  Scalars(const CurrentOps& ops, Device device, size_t count) : ops_(*ops), host_(device.cuda ? 0 : count) {
+    memory_ = device.cuda ? ops_.allocate(count * sizeof(float)) : host_.data();
+  }
+  ~Scalars() {
+    if (host_.empty()) ops_.free(memory_);
+  }
+  Scalars(const Scalars&) = delete;
+  Scalars& operator=(const Scalars&) = delete;
 
-Tensor scalar(float* value) { return make_tensor(value, DType::F32, 1); }
+  Tensor operator[](int64_t i) const { return make_tensor(static_cast<float*>(memory_) + i, DType::F32, 1); }
+  void set(int64_t i, float value) const { ops_.upload((*this)[i], &value); }
+  float get(int64_t i) const {
+    float value;
+    ops_.download(&value, (*this)[i]);
+    return value;
+  }
+
+ private:
+  Ops& ops_;
+  std::vector<float> host_;  // of the CPU
+  void* memory_;
+};
 
 void check_positions(const Arguments& a, const char* operation) {
   LLMC_CHECK(a.dimension("T") <= a.dimension("maxT"), "%s: T=%" PRId64 " exceeds maxT=%" PRId64, operation,
@@ -43,8 +61,8 @@ void embedding_forward(TensorArg out, TensorArg tokens, TensorArg wte, TensorArg
   const Tensor wpe_ = a.in("wpe", wpe, "X", "maxT C");
   const Tensor out_ = a.out("out", out, "X", "B T C");
   check_positions(a, "embedding_forward");
-  a.check_ids("tokens", tokens_, a.dimension("Vp"));
-  ops().embedding_forward(out_, tokens_, wte_, wpe_);
+  a.checked_ids("tokens", tokens_, a.dimension("Vp"));
+  CurrentOps(a.device())->embedding_forward(out_, tokens_, wte_, wpe_);
 }
 
 void embedding_backward(TensorArg dwte, TensorArg dwpe, TensorArg dout, TensorArg tokens, uint32_t seed) {
@@ -55,10 +73,14 @@ void embedding_backward(TensorArg dwte, TensorArg dwpe, TensorArg dout, TensorAr
   const Tensor dwpe_ = a.out("dwpe", dwpe, "G", "maxT C");
   LLMC_CHECK(dwte_.dtype == dwpe_.dtype, "embedding_backward: dwte and dwpe must have the same dtype");
   check_positions(a, "embedding_backward");
-  a.check_ids("tokens", tokens_, a.dimension("Vp"));
-  std::vector<int32_t> order(tokens_.numel());
-  sort_by_token(order.data(), tokens_.as<int32_t>(), tokens_.numel());
-  ops().embedding_backward(dwte_, dwpe_, dout_, tokens_, make_tensor(order.data(), DType::I32, tokens_.numel()), seed);
+  const std::vector<int32_t> ids = a.checked_ids("tokens", tokens_, a.dimension("Vp"));
+  std::vector<int32_t> order(ids.size());
+  sort_by_token(order.data(), ids.data(), int64_t(ids.size()));
+  const CurrentOps ops(a.device());
+  const Scalars memory(ops, a.device(), order.size());
+  const Tensor order_ = make_tensor(memory[0].data, DType::I32, int64_t(order.size()));
+  ops->upload(order_, order.data());
+  ops->embedding_backward(dwte_, dwpe_, dout_, tokens_, order_, seed);
 }
 
 void layernorm_forward(TensorArg out, TensorArg mean, TensorArg rstd, TensorArg x, TensorArg weight, TensorArg bias) {
@@ -69,7 +91,7 @@ void layernorm_forward(TensorArg out, TensorArg mean, TensorArg rstd, TensorArg 
   const Tensor out_ = a.out("out", out, "X", "N C");
   const Tensor mean_ = a.out("mean", mean, "f32", "N");
   const Tensor rstd_ = a.out("rstd", rstd, "f32", "N");
-  ops().layernorm_forward(out_, mean_, rstd_, x_, weight_, bias_);
+  CurrentOps(a.device())->layernorm_forward(out_, mean_, rstd_, x_, weight_, bias_);
 }
 
 void residual_layernorm_forward(TensorArg residual, TensorArg out, TensorArg mean, TensorArg rstd, TensorArg left,
@@ -83,7 +105,7 @@ void residual_layernorm_forward(TensorArg residual, TensorArg out, TensorArg mea
   const Tensor out_ = a.out("out", out, "X", "N C");
   const Tensor mean_ = a.out("mean", mean, "f32", "N");
   const Tensor rstd_ = a.out("rstd", rstd, "f32", "N");
-  ops().residual_layernorm_forward(residual_, out_, mean_, rstd_, left_, right_, weight_, bias_);
+  CurrentOps(a.device())->residual_layernorm_forward(residual_, out_, mean_, rstd_, left_, right_, weight_, bias_);
 }
 
 void layernorm_backward(TensorArg dx, TensorArg dweight, TensorArg dbias, TensorArg dout, TensorArg x, TensorArg weight,
@@ -98,7 +120,7 @@ void layernorm_backward(TensorArg dx, TensorArg dweight, TensorArg dbias, Tensor
   const Tensor dweight_ = a.out("dweight", dweight, "G", "C");
   const Tensor dbias_ = a.out("dbias", dbias, "G", "C");
   LLMC_CHECK(dweight_.dtype == dbias_.dtype, "layernorm_backward: dweight and dbias must have the same dtype");
-  ops().layernorm_backward(dx_, dweight_, dbias_, dout_, x_, weight_, mean_, rstd_);
+  CurrentOps(a.device())->layernorm_backward(dx_, dweight_, dbias_, dout_, x_, weight_, mean_, rstd_);
 }
 
 Tensor optional_bias(Arguments& a, OptionalTensorArg bias) { return bias ? a.in("bias", *bias, "X", "OC") : Tensor{}; }
@@ -108,7 +130,8 @@ void matmul_forward(TensorArg out, TensorArg x, TensorArg weight, OptionalTensor
   const Tensor x_ = a.in("x", x, "X", "N IC");
   const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
   const Tensor bias_ = optional_bias(a, bias);
-  ops().matmul_forward(a.out("out", out, "X", "N OC"), x_, weight_, bias_);
+  const Tensor out_ = a.out("out", out, "X", "N OC");
+  CurrentOps(a.device())->matmul_forward(out_, x_, weight_, bias_);
 }
 
 void matmul_gelu_forward(TensorArg out, TensorArg pre, TensorArg x, TensorArg weight, OptionalTensorArg bias) {
@@ -118,14 +141,15 @@ void matmul_gelu_forward(TensorArg out, TensorArg pre, TensorArg x, TensorArg we
   const Tensor bias_ = optional_bias(a, bias);
   const Tensor out_ = a.out("out", out, "X", "N OC");
   const Tensor pre_ = a.out("pre", pre, "X", "N OC");
-  ops().matmul_gelu_forward(out_, pre_, x_, weight_, bias_);
+  CurrentOps(a.device())->matmul_gelu_forward(out_, pre_, x_, weight_, bias_);
 }
 
 void matmul_backward_input(TensorArg dx, TensorArg dout, TensorArg weight) {
   Arguments a("matmul_backward_input");
   const Tensor dout_ = a.in("dout", dout, "X", "N OC");
   const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
-  ops().matmul_backward_input(a.out("dx", dx, "X", "N IC"), dout_, weight_);
+  const Tensor dx_ = a.out("dx", dx, "X", "N IC");
+  CurrentOps(a.device())->matmul_backward_input(dx_, dout_, weight_);
 }
 
 void matmul_gelu_backward_input(TensorArg dpre, TensorArg dout, TensorArg weight, TensorArg pre) {
@@ -133,32 +157,37 @@ void matmul_gelu_backward_input(TensorArg dpre, TensorArg dout, TensorArg weight
   const Tensor dout_ = a.in("dout", dout, "X", "N OC");
   const Tensor weight_ = a.in("weight", weight, "X", "OC IC");
   const Tensor pre_ = a.in("pre", pre, "X", "N IC");
-  ops().matmul_gelu_backward_input(a.out("dpre", dpre, "X", "N IC"), dout_, weight_, pre_);
+  const Tensor dpre_ = a.out("dpre", dpre, "X", "N IC");
+  CurrentOps(a.device())->matmul_gelu_backward_input(dpre_, dout_, weight_, pre_);
 }
 
 void matmul_backward_weight(TensorArg dweight, TensorArg dout, TensorArg x) {
   Arguments a("matmul_backward_weight");
   const Tensor dout_ = a.in("dout", dout, "X", "N OC");
   const Tensor x_ = a.in("x", x, "X", "N IC");
-  ops().matmul_backward_weight(a.out("dweight", dweight, "G", "OC IC"), dout_, x_);
+  const Tensor dweight_ = a.out("dweight", dweight, "G", "OC IC");
+  CurrentOps(a.device())->matmul_backward_weight(dweight_, dout_, x_);
 }
 
 void bias_backward(TensorArg dbias, TensorArg dout) {
   Arguments a("bias_backward");
   const Tensor dout_ = a.in("dout", dout, "X", "N OC");
-  ops().bias_backward(a.out("dbias", dbias, "G", "OC"), dout_);
+  const Tensor dbias_ = a.out("dbias", dbias, "G", "OC");
+  CurrentOps(a.device())->bias_backward(dbias_, dout_);
 }
 
 void gelu_forward(TensorArg out, TensorArg x) {
   Arguments a("gelu_forward");
   const Tensor x_ = a.in("x", x, "X", "N");
-  ops().gelu_forward(a.out("out", out, "X", "N"), x_);
+  const Tensor out_ = a.out("out", out, "X", "N");
+  CurrentOps(a.device())->gelu_forward(out_, x_);
 }
 
 void gelu_backward(TensorArg dx, TensorArg x) {
   Arguments a("gelu_backward");
   const Tensor x_ = a.in("x", x, "X", "N");
-  ops().gelu_backward(a.out("dx", dx, "X", "N"), x_);
+  const Tensor dx_ = a.out("dx", dx, "X", "N");
+  CurrentOps(a.device())->gelu_backward(dx_, x_);
 }
 
 void attention_forward(TensorArg out, TensorArg lse, TensorArg qkv, int64_t num_heads) {
@@ -167,7 +196,7 @@ void attention_forward(TensorArg out, TensorArg lse, TensorArg qkv, int64_t num_
   const Tensor out_ = a.out("out", out, "X", "B T C");
   const Tensor lse_ = a.out("lse", lse, "f32", "B NH T");
   check_heads(a, "attention_forward", num_heads);
-  ops().attention_forward(out_, lse_, qkv_, num_heads);
+  CurrentOps(a.device())->attention_forward(out_, lse_, qkv_, num_heads);
 }
 
 void attention_backward(TensorArg dqkv, TensorArg dout, TensorArg out, TensorArg lse, TensorArg qkv,
@@ -179,7 +208,7 @@ void attention_backward(TensorArg dqkv, TensorArg dout, TensorArg out, TensorArg
   const Tensor lse_ = a.in("lse", lse, "f32", "B NH T");
   const Tensor dqkv_ = a.out("dqkv", dqkv, "X", "B T 3C");
   check_heads(a, "attention_backward", num_heads);
-  ops().attention_backward(dqkv_, dout_, out_, lse_, qkv_, num_heads);
+  CurrentOps(a.device())->attention_backward(dqkv_, dout_, out_, lse_, qkv_, num_heads);
 }
 
 void fused_classifier(TensorArg logits, TensorArg losses, TensorArg targets, int64_t vocab_size, float dloss,
@@ -190,8 +219,8 @@ void fused_classifier(TensorArg logits, TensorArg losses, TensorArg targets, int
   const Tensor losses_ = a.out("losses", losses, "f32", "N");
   LLMC_CHECK(vocab_size >= 1 && vocab_size <= a.dimension("Vp"),
              "fused_classifier: vocab_size=%" PRId64 " must be in [1, Vp=%" PRId64 "]", vocab_size, a.dimension("Vp"));
-  a.check_ids("targets", targets_, vocab_size);
-  ops().fused_classifier(logits_, losses_, targets_, vocab_size, dloss, write_dlogits);
+  a.checked_ids("targets", targets_, vocab_size);
+  CurrentOps(a.device())->fused_classifier(logits_, losses_, targets_, vocab_size, dloss, write_dlogits);
 }
 
 void check_element(const char* operation, int64_t layer, int64_t first) {
@@ -217,7 +246,10 @@ void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTe
   slice.seed = seed;
   slice.layer = layer;
   slice.first = first;
-  ops().adamw(&slice, 1, AdamWStep{lr, beta1, beta2, eps, t, scalar(&grad_scale)});
+  const CurrentOps ops(a.device());
+  const Scalars scale(ops, a.device(), 1);
+  scale.set(0, grad_scale);
+  ops->adamw(&slice, 1, AdamWStep{lr, beta1, beta2, eps, t, scale[0]});
 }
 
 void round_parameters(TensorArg param, TensorArg master, uint32_t seed, int64_t layer, int64_t first) {
@@ -229,42 +261,56 @@ void round_parameters(TensorArg param, TensorArg master, uint32_t seed, int64_t 
   slice.seed = seed;
   slice.layer = layer;
   slice.first = first;
-  ops().round_parameters(&slice, 1);
+  CurrentOps(a.device())->round_parameters(&slice, 1);
 }
 
 float sum_of_squares(const std::vector<at::Tensor>& tensors) {
   std::vector<Tensor> views;
-  for (const at::Tensor& tensor : tensors)
-    views.push_back(Arguments("sum_of_squares").in("tensor", tensor, "any", "N"));
-  float result = 0;
-  ops().sum_of_squares(scalar(&result), views.data(), int64_t(views.size()));
-  return result;
+  Device device;
+  for (const at::Tensor& tensor : tensors) {
+    Arguments a("sum_of_squares");
+    views.push_back(a.in("tensor", tensor, "any", "N"));
+    if (views.size() == 1) device = a.device();
+    LLMC_CHECK(a.device() == device, "sum_of_squares: the tensors are on %s and on %s", name_of(device).c_str(),
+               name_of(a.device()).c_str());
+  }
+  const CurrentOps ops(device);
+  const Scalars result(ops, device, 1);
+  ops->sum_of_squares(result[0], views.data(), int64_t(views.size()));
+  return result.get(0);
 }
 
-std::pair<float, float> clip_scale(float sum, float max_norm) {
+std::pair<float, float> clip_scale(float sum, float max_norm, const std::string& device) {
   LLMC_CHECK(max_norm > 0, "clip_scale: max_norm=%g must be positive", max_norm);
-  float norm, scale;
-  ops().clip_scale(scalar(&norm), scalar(&scale), scalar(&sum), max_norm);
-  return {norm, scale};
+  const Device on = parse_device(device);
+  const CurrentOps ops(on);
+  const Scalars values(ops, on, 3);
+  values.set(0, sum);
+  ops->clip_scale(values[1], values[2], values[0], max_norm);
+  return {values.get(1), values.get(2)};
 }
 
 void cast(TensorArg out, TensorArg x) {
   Arguments a("cast");
   const Tensor x_ = a.in("x", x, "any", "N");
-  ops().cast(a.out("out", out, "any", "N"), x_);
+  const Tensor out_ = a.out("out", out, "any", "N");
+  CurrentOps(a.device())->cast(out_, x_);
 }
 
 void accumulate(TensorArg out, TensorArg x) {
   Arguments a("accumulate");
   const Tensor x_ = a.in("x", x, "any", "N");
-  ops().accumulate(a.out("out", out, "any", "N"), x_);
+  const Tensor out_ = a.out("out", out, "any", "N");
+  CurrentOps(a.device())->accumulate(out_, x_);
 }
 
 float sum(TensorArg x) {
   Arguments a("sum");
-  float result;
-  ops().sum(scalar(&result), a.in("x", x, "f32", "N"));
-  return result;
+  const Tensor x_ = a.in("x", x, "f32", "N");
+  const CurrentOps ops(a.device());
+  const Scalars result(ops, a.device(), 1);
+  ops->sum(result[0], x_);
+  return result.get(0);
 }
 
 }  // namespace
@@ -307,10 +353,13 @@ void register_ops(py::module_& module) {
   m.def("round_parameters", &round_parameters, no_gil, "param"_a, "master"_a, "seed"_a = 0, "layer"_a = 0,
         "first"_a = 0, "param = fp32 master, rounded exactly as adamw rounds it");
   m.def("sum_of_squares", &sum_of_squares, no_gil, "tensors"_a, "Sum of squares over a list of tensors");
-  m.def("clip_scale", &clip_scale, no_gil, "sum"_a, "max_norm"_a, "(norm, scale) of a sum of squares");
+  m.def("clip_scale", &clip_scale, no_gil, "sum"_a, "max_norm"_a, "device"_a = "cpu",
+        "(norm, scale) of a sum of squares");
   m.def("cast", &cast, no_gil, "out"_a, "x"_a, "out = x, between fp32 and bf16");
   m.def("accumulate", &accumulate, no_gil, "out"_a, "x"_a, "out += x, fp32 or bf16 each");
   m.def("sum", &sum, no_gil, "x"_a, "Sum of an fp32 tensor");
+  m.def("allow_tf32", &allow_tf32, "allowed"_a,
+        "Let fp32 products and attention on CUDA tensors round their operands to TF32; off at first, as in torch.");
 }
 
 }  // namespace llmc::bindings

@@ -6,7 +6,13 @@
 
 // The kernel files of csrc/cpu are compiled once per instruction set. Whatever they include from shared headers must be
 // inlined into them: an out-of-line copy compiled for AVX-512 could be the one the linker keeps for everybody.
-#define LLMC_INLINE inline __attribute__((always_inline))
+// CUDA kernels call the same functions on the device.
+#define LLMC_HOST_INLINE inline __attribute__((always_inline))
+#ifdef __CUDACC__
+#define LLMC_INLINE __host__ __device__ LLMC_HOST_INLINE
+#else
+#define LLMC_INLINE LLMC_HOST_INLINE
+#endif
 
 namespace llmc {
 

@@ -4,7 +4,7 @@
 
 #include "core/random.h"
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 #include "cpu/math.h"
 
 namespace llmc::cpu::LLMC_ISA {

@@ -1,6 +1,6 @@
 // Conversion and accumulation between fp32 and bf16, element by element.
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 
 namespace llmc::cpu::LLMC_ISA {
 namespace {

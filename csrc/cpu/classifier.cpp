@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 #include "cpu/math.h"
 
 namespace llmc::cpu::LLMC_ISA {

@@ -6,7 +6,7 @@
 
 #include "core/random.h"
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 
 namespace llmc::cpu::LLMC_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // GELU, element by element.
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 #include "cpu/math.h"
 
 namespace llmc::cpu::LLMC_ISA {

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 #include "cpu/scratch.h"
 
 namespace llmc::cpu::LLMC_ISA {

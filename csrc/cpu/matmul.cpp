@@ -11,7 +11,7 @@
 #include "core/integers.h"
 #include "cpu/blas.h"
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 #include "cpu/math.h"
 #include "cpu/scratch.h"
 #include "cpu/widen.h"

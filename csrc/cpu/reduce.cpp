@@ -7,7 +7,7 @@
 #include "core/check.h"
 #include "core/integers.h"
 #include "cpu/cpu_ops.h"
-#include "cpu/dispatch.h"
+#include "core/dispatch.h"
 
 namespace llmc::cpu::LLMC_ISA {
 namespace {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/device.h"
 #include "core/dtype.h"
 
 namespace llmc {
@@ -25,12 +26,14 @@ struct GPT2Config {
 };
 
 struct Options {
+  Device device;
   int64_t batch_size = 4;         // B, rows of one micro-batch at most
   int64_t seq_len = 1024;         // T at most
   DType precision = DType::F32;   // X, storage of parameters and activations
   DType grad_dtype = DType::F32;  // G, storage of parameter gradients: X or F32
   int recompute = 1;              // 0 keep all, 1 recompute GELU, 2 recompute GELU and layernorms in the backward pass
   int gelu_fusion = 0;            // 0 none, 1 forward, 2 forward and backward
+  bool tf32 = true;               // on CUDA, fp32 products and attention may round their operands to TF32
   bool master_weights = true;     // keep an fp32 copy of bf16 parameters
   int zero_stage = 0;  // sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters
   int64_t classifier_rows = 0;  // rows of the loss head's logits chunk; 0: the plan chooses

@@ -20,6 +20,7 @@ GPT2::GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops
              options.zero_stage);
   allocate(Lifetime::Parameters);
   allocate(Lifetime::Activations);
+  if (options.device.cuda) ops_->use_workspace(buffer("workspace"));
 }
 
 void GPT2::allocate(Lifetime lifetime) {
@@ -82,6 +83,8 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
              options_.batch_size, options_.seq_len);
   backward_allowed_ = logits_allowed_ = false;
   check_ids("tokens", tokens, b, t);
+  ops_->make_current();
+  const Range range(*ops_, "forward");
   batch_ = b;
   seq_ = t;
   host_tokens_.assign(tokens, tokens + b * t);
@@ -99,6 +102,7 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
 
 // From ln1 of this block to the layernorm behind it: ln1 of the next block, or lnf.
 void GPT2::forward_block(int64_t l) {
+  const Range range(*ops_, "block");
   const bool keep_layernorms = options_.recompute < 2;
   const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
   const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");
@@ -135,6 +139,7 @@ void GPT2::forward_block(int64_t l) {
 // --- loss head ---------------------------------------------------------------------------------------------------------
 
 void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
+  const Range range(*ops_, "loss head");
   const Tensor lnf = rows("lnf"), dlnf = rows("scratch_btc"), targets = rows("targets");
   const Tensor wte = parameter(kWte), chunk = buffer("logits");
   const int64_t N = batch_ * seq_, chunk_rows = chunk.shape[0];
@@ -161,6 +166,8 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
 
 void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses) {
   check_ids("targets", targets, b, t);
+  ops_->make_current();
+  const Range range(*ops_, "evaluate");
   forward(tokens, b, t);
   backward_allowed_ = false;
   ops_->upload(rows("targets"), targets);
@@ -179,6 +186,7 @@ void GPT2::check_logits(int64_t begin, int64_t end) const {
 
 void GPT2::logits(int64_t begin, int64_t end, float* out) {
   check_logits(begin, end);
+  ops_->make_current();
   // The chunk shares its memory with scratch only, so a backward may still follow.
   const Tensor lnf = rows("lnf"), chunk = buffer("logits");
   const int64_t V = config_.vocab_size, Vp = config_.padded_vocab_size, chunk_rows = chunk.shape[0];
@@ -219,6 +227,8 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
     LLMC_CHECK(N == loss_rows_, "a batch of %" PRId64 " tokens in a step of batches of %" PRId64, N, loss_rows_);
   }
   check_ids("targets", targets, b, t);
+  ops_->make_current();
+  const Range range(*ops_, "backward");
   ops_->upload(rows("targets"), targets);
   allocate(Lifetime::Gradients);
   backward_allowed_ = gradients_complete_ = sum_of_squares_ready_ = false;
@@ -264,6 +274,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
 
 // dresidual holds the gradient of residual3 on entry and that of the block's input on return.
 void GPT2::backward_block(int64_t l) {
+  const Range range(*ops_, "backward of a block");
   const bool keep_layernorms = options_.recompute < 2;
   const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
   const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");

@@ -4,6 +4,7 @@
 
 #include "core/check.h"
 #include "core/integers.h"
+#include "ops/workspace.h"
 
 namespace llmc {
 namespace {
@@ -145,6 +146,7 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   activation("scratch_btc", X, {B, T, C});
   builder.overlay(Lifetime::Activations,
                   {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
+  if (options.device.cuda) activation("workspace", F32, {divide_up(workspace::step(B, T, C, NH), int64_t(4))});
   for (const char* scalar : {"loss_sum", "grad_sum_of_squares", "grad_norm", "grad_scale"})
     activation(scalar, F32, {1});
 

@@ -51,16 +51,26 @@ class Ops {
   virtual double peak_flops() = 0;
 
   // --- memory -------------------------------------------------------------------------------------------------------
-  // Device memory, zeroed, aligned to 4096 bytes. Throws Error with the size if there is not enough.
+  // Device memory, zeroed, aligned to 256 bytes at least. Throws Error with the size if there is not enough.
   virtual void* allocate(size_t bytes) = 0;
   virtual void free(void* data) = 0;
   // Bytes that allocate has given out and free has not taken back, without headers and the rounding to pages.
   virtual size_t allocated_bytes() const = 0;
+  // Makes the device current for the calling thread: before the first operation on a thread, and after somebody else may
+  // have made another one current.
+  virtual void make_current() {}
+  // Scratch memory of the operations to come (ops/workspace.h says how much), for devices that need it: without it they
+  // allocate their own.
+  virtual void use_workspace(Tensor) {}
   virtual void fill_zero(Tensor x) = 0;
   // Copies x.bytes() bytes from or to the host. upload has read host when it returns; download waits for all earlier
   // operations.
   virtual void upload(Tensor x, const void* host) = 0;
   virtual void download(void* host, Tensor x) = 0;
+
+  // Names what happens until the matching end_range, for profilers. Class Range (below) pairs them.
+  virtual void begin_range(const char* /*name*/) {}
+  virtual void end_range() {}
 
   // --- embedding ----------------------------------------------------------------------------------------------------
   // out[b,t,:] = wte[tokens[b,t],:] + wpe[t,:]
@@ -164,6 +174,18 @@ class Ops {
   // sum = Σ x
   //   sum f32 (1); x f32
   virtual void sum(Tensor sum, Tensor x) = 0;
+};
+
+// A named range of the profiler's time line, as long as it lives.
+class Range {
+ public:
+  Range(Ops& ops, const char* name) : ops_(ops) { ops_.begin_range(name); }
+  ~Range() { ops_.end_range(); }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+
+ private:
+  Ops& ops_;
 };
 
 }  // namespace llmc

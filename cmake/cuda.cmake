@@ -1,0 +1,150 @@
+# The CUDA backend: whether it is built, with which tools, and how.
+#
+# Uses SITE_PACKAGES and TORCH_DIR. Nothing here asks for a GPU. Provides
+#   LLMC_CUDA          cache variable: AUTO builds the backend if all it needs is there, ON fails with one sentence if
+#                      something is missing, OFF never builds it
+#   LLMC_HAVE_CUDA     whether it is built
+#   CUDA_HEADERS       include folders of cudart, CCCL, NVTX, cuBLASLt and NCCL, to be used as SYSTEM ones. Found without
+#                      nvcc too; empty if a header is missing
+#   CUDA_RPATHS        the folders of cuBLASLt and NCCL at run time
+#   add_cuda_backend(TARGET)  adds csrc/cuda to a library; without CUDA, the file that says so
+#
+# NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; those with libraries have versioned names only.
+# cudart is linked statically, as cuBLASLt and NCCL do it themselves: it opens the driver, libcuda.so.1, when it is first
+# called, so that the extension can be loaded on a machine without one.
+set(LLMC_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
+set_property(CACHE LLMC_CUDA PROPERTY STRINGS AUTO ON OFF)
+if(NOT LLMC_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "LLMC_CUDA is '${LLMC_CUDA}', it must be AUTO, ON or OFF")
+endif()
+
+# The wheels of the environment we build for. Those of an isolated build environment count only if torch is still to be
+# installed: the torch that comes then brings the same ones.
+set(CUDA_WHEELS "${SITE_PACKAGES}/nvidia")
+if(NOT EXISTS "${SITE_PACKAGES}/torch")
+  list(APPEND CUDA_WHEELS "${TORCH_DIR}/../nvidia")
+endif()
+
+set(CUDA_MISSING "")
+
+# --- the compiler -------------------------------------------------------------------------------------------------------
+unset(NVCC)
+if(DEFINED ENV{CUDACXX})
+  set(NVCC "$ENV{CUDACXX}")
+else()
+  find_program(NVCC nvcc NO_CACHE HINTS ${CUDA_WHEELS} ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
+               PATH_SUFFIXES cu13/bin bin)
+endif()
+set(CUDA_TOOLKIT /usr/local/cuda)
+if(NVCC)
+  # An empty file tells whether it works with our C++ compiler, and (-v) where its own headers and libraries are.
+  set(probe "${CMAKE_BINARY_DIR}/CMakeFiles/nvcc_probe")
+  file(WRITE "${probe}.cu" "")
+  execute_process(COMMAND "${NVCC}" -v -arch=sm_80 -ccbin "${CMAKE_CXX_COMPILER}" -c "${probe}.cu" -o "${probe}.o"
+                  RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  execute_process(COMMAND "${NVCC}" --version OUTPUT_VARIABLE version ERROR_QUIET)
+  if(output MATCHES "TOP=([^\r\n]+)")
+    get_filename_component(CUDA_TOOLKIT "${CMAKE_MATCH_1}" REALPATH)
+  endif()
+  string(REGEX MATCH "release ([0-9.]+)" version "${version}")
+  if(NOT version MATCHES "release 13\\.")
+    list(APPEND CUDA_MISSING "nvcc of CUDA 13 (${NVCC} is ${version})")
+  elseif(NOT status EQUAL 0)
+    string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" reason "${output}")
+    list(APPEND CUDA_MISSING "an nvcc that works with ${CMAKE_CXX_COMPILER} (${NVCC}: ${reason})")
+  endif()
+else()
+  list(APPEND CUDA_MISSING "nvcc")
+endif()
+
+# --- headers and libraries: those of cudart must fit the compiler, for the others the wheels come first, as for torch -----
+set(CUDA_HEADERS "")
+macro(find_cuda_header header) # the folders to look in follow
+  unset(folder)
+  find_path(folder ${header} NO_CACHE HINTS ${ARGN}
+            PATH_SUFFIXES cu13/include/cccl cu13/include nccl/include include/cccl include)
+  if(folder)
+    string(REGEX REPLACE "/$" "" folder "${folder}")
+    list(APPEND CUDA_HEADERS "${folder}")
+  else()
+    list(APPEND CUDA_MISSING ${header})
+    set(header_missing ON)
+  endif()
+endmacro()
+macro(find_cuda_library variable file)
+  find_library(${variable} ${file} NO_CACHE HINTS ${ARGN} PATH_SUFFIXES cu13/lib nccl/lib lib64 lib)
+  if(NOT ${variable})
+    list(APPEND CUDA_MISSING ${file})
+  endif()
+endmacro()
+
+set(header_missing OFF)
+foreach(header cuda_runtime.h crt/host_config.h cuda_bf16.h nv/target nvtx3/nvToolsExt.h)
+  find_cuda_header(${header} ${CUDA_TOOLKIT} ${CUDA_WHEELS})
+endforeach()
+foreach(header cublasLt.h nccl.h)
+  find_cuda_header(${header} ${CUDA_WHEELS} ${CUDA_TOOLKIT})
+endforeach()
+list(REMOVE_DUPLICATES CUDA_HEADERS)
+if(header_missing)
+  set(CUDA_HEADERS "")
+endif()
+find_cuda_library(CUDART_STATIC libcudart_static.a ${CUDA_TOOLKIT} ${CUDA_WHEELS})
+find_cuda_library(CUBLASLT libcublasLt.so.13 ${CUDA_WHEELS} ${CUDA_TOOLKIT})
+find_cuda_library(NCCL libnccl.so.2 ${CUDA_WHEELS} ${CUDA_TOOLKIT})
+
+# --- the decision -------------------------------------------------------------------------------------------------------
+list(JOIN CUDA_MISSING ", " missing)
+set(LLMC_HAVE_CUDA OFF)
+if(LLMC_CUDA STREQUAL "OFF")
+  message(STATUS "CUDA backend: no, LLMC_CUDA=OFF")
+elseif(NOT CUDA_MISSING)
+  set(LLMC_HAVE_CUDA ON)
+  message(STATUS "CUDA backend: yes, ${NVCC} (${version}), ${CUBLASLT}, ${NCCL}")
+elseif(LLMC_CUDA STREQUAL "AUTO")
+  message(STATUS "CUDA backend: no, missing: ${missing}")
+else()
+  message(FATAL_ERROR "LLMC_CUDA=ON, but the CUDA backend cannot be built without: ${missing}. "
+                      "This brings all it needs: pip install -r scripts/cuda_wheels.txt")
+endif()
+
+if(LLMC_HAVE_CUDA)
+  # Where the libraries will be: beside the installed package, in the environment of an editable one, or in a toolkit.
+  set(CUDA_RPATHS "")
+  foreach(wheel cu13 nccl)
+    list(APPEND CUDA_RPATHS "$ORIGIN/../nvidia/${wheel}/lib" "${SITE_PACKAGES}/nvidia/${wheel}/lib")
+  endforeach()
+  foreach(library ${CUBLASLT} ${NCCL})
+    get_filename_component(folder ${library} DIRECTORY)
+    if(NOT folder MATCHES "/nvidia/(cu13|nccl)/lib$")
+      list(APPEND CUDA_RPATHS ${folder})
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES CUDA_RPATHS)
+
+  set(CMAKE_CUDA_COMPILER "${NVCC}")
+  set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
+  # Ampere, Hopper and Blackwell, and through the last one's PTX what comes after it.
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
+  get_filename_component(folder ${CUDART_STATIC} DIRECTORY)
+  string(APPEND CMAKE_CUDA_FLAGS_INIT " -L${folder}")  # the nvcc of the wheels looks in lib64, which they do not have
+  enable_language(CUDA)
+  set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+endif()
+
+function(add_cuda_backend target)
+  if(NOT LLMC_HAVE_CUDA)
+    target_sources(${target} PRIVATE csrc/cuda/no_cuda.cpp)
+    return()
+  endif()
+  file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
+  list(FILTER sources EXCLUDE REGEX "/no_cuda\\.cpp$")
+  add_library(llmc_cuda OBJECT ${sources})
+  target_compile_features(llmc_cuda PRIVATE cxx_std_17 cuda_std_17)
+  target_include_directories(llmc_cuda PRIVATE csrc)
+  target_include_directories(llmc_cuda SYSTEM PRIVATE ${CUDA_HEADERS})
+  # A kernel that spills registers compiles with a warning; with CUDAFLAGS="-Werror all-warnings" not at all.
+  target_compile_options(llmc_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:llmc_cuda>)
+  target_link_libraries(${target} PUBLIC ${CUBLASLT})
+endfunction()

@@ -1,0 +1,95 @@
+#include "cuda/cuda_ops.h"
+
+#include <nvtx3/nvToolsExt.h>
+
+#include <algorithm>
+#include <cinttypes>
+
+#include "cuda/check.h"
+#include "cuda/cublas_lt.h"
+#include "cuda/make_cuda_ops.h"
+
+namespace llmc::cuda {
+
+CudaOps::CudaOps(int device, bool tf32) : device_(device), tf32_(tf32) {
+  const CudaDevice properties = cuda_device(device);
+  LLMC_CHECK(properties.compute_capability >= 80,
+             "%s has compute capability %d.%d, llmc needs 8.0 (Ampere) or newer: use --device cpu",
+             properties.name.c_str(), properties.compute_capability / 10, properties.compute_capability % 10);
+  name_ = properties.name;
+  shared_memory_ = int64_t(properties.shared_memory_per_block);
+  make_current();
+  staging_ = std::make_unique<Staging>();
+  cublas_ = std::make_unique<CublasLt>();
+  // A blocking stream: work on the default stream, where torch puts its own unless told otherwise, is ordered with it.
+  LLMC_CUDA_CHECK(cudaStreamCreate(&stream_));
+  own_stream_ = stream_;
+}
+
+// Errors of the clean-up have nobody to go to.
+CudaOps::~CudaOps() {
+  cudaSetDevice(device_);
+  cudaStreamSynchronize(own_stream_);
+  staging_.reset();
+  cudaFree(own_workspace_);
+  cudaStreamDestroy(own_stream_);
+}
+
+void CudaOps::make_current() { LLMC_CUDA_CHECK(cudaSetDevice(device_)); }
+
+void* CudaOps::allocate(size_t bytes) {
+  void* data = nullptr;
+  const cudaError_t status = cudaMalloc(&data, std::max(bytes, size_t(1)));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it was handled
+    size_t free_bytes = 0, total = 0;
+    LLMC_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+    LLMC_CHECK(false,
+               "%s has no %zu MiB of memory left (%zu of %zu MiB are free): lower the batch size or recompute more",
+               name_.c_str(), bytes >> 20, free_bytes >> 20, total >> 20);
+  }
+  LLMC_CUDA_CHECK(status);
+  allocations_[data] = bytes;
+  allocated_bytes_ += bytes;
+  LLMC_CUDA_CHECK(cudaMemsetAsync(data, 0, bytes, stream_));
+  return data;
+}
+
+void CudaOps::free(void* data) {
+  if (!data) return;
+  const auto found = allocations_.find(data);
+  allocated_bytes_ -= found->second;
+  allocations_.erase(found);
+  cudaFree(data);  // waits for the device; called from destructors, so a failure has nobody to go to
+}
+
+void* CudaOps::scratch(int64_t bytes) {
+  if (workspace_ && workspace_.bytes() >= bytes) return workspace_.data;
+  if (own_workspace_bytes_ < bytes) {
+    LLMC_CUDA_CHECK(cudaFree(own_workspace_));
+    own_workspace_ = nullptr;
+    own_workspace_bytes_ = 0;
+    LLMC_CUDA_CHECK(cudaMalloc(&own_workspace_, size_t(bytes)));
+    own_workspace_bytes_ = bytes;
+  }
+  return own_workspace_;
+}
+
+void CudaOps::fill_zero(Tensor x) { LLMC_CUDA_CHECK(cudaMemsetAsync(x.data, 0, size_t(x.bytes()), stream_)); }
+
+void CudaOps::upload(Tensor x, const void* host) { staging_->upload(x.data, host, size_t(x.bytes()), stream_); }
+
+void CudaOps::download(void* host, Tensor x) {
+  LLMC_CUDA_CHECK(cudaMemcpyAsync(host, x.data, size_t(x.bytes()), cudaMemcpyDeviceToHost, stream_));
+  LLMC_CUDA_CHECK(cudaStreamSynchronize(stream_));
+}
+
+void CudaOps::begin_range(const char* name) { nvtxRangePushA(name); }
+
+void CudaOps::end_range() { nvtxRangePop(); }
+
+void check_channels(const char* operation, int64_t C) {
+  LLMC_CHECK(C % 8 == 0, "%s: C is %" PRId64 ", on CUDA it must be a multiple of 8", operation, C);
+}
+
+}  // namespace llmc::cuda

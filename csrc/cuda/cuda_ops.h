@@ -1,0 +1,100 @@
+// CudaOps: every operation of ops/ops.h on one NVIDIA GPU (compute capability 8.0 or newer), one file per operation.
+//
+// All work goes to one stream; nothing but download() and allocate() waits for the device. Kernels use 128-bit accesses:
+// tensors start at multiples of 16 bytes and C is a multiple of 8; any N, B, T and V work.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "cuda/staging.h"
+#include "ops/ops.h"
+
+namespace llmc::cuda {
+
+class CublasLt;
+struct Product;
+
+class CudaOps final : public Ops {
+ public:
+  // tf32: fp32 products and attention may round their operands to TF32.
+  CudaOps(int device, bool tf32);
+  ~CudaOps() override;
+  CudaOps(const CudaOps&) = delete;
+  CudaOps& operator=(const CudaOps&) = delete;
+
+  // The stream of the calls that follow, instead of the one made by the constructor.
+  void use_stream(cudaStream_t stream) { stream_ = stream; }
+  void allow_tf32(bool allowed) { tf32_ = allowed; }
+
+  const char* name() const override { return name_.c_str(); }
+  double peak_flops() override { return 0; }
+  void* allocate(size_t bytes) override;
+  void free(void* data) override;
+  size_t allocated_bytes() const override { return allocated_bytes_; }
+  void make_current() override;
+  void use_workspace(Tensor workspace) override { workspace_ = workspace; }
+  void fill_zero(Tensor x) override;
+  void upload(Tensor x, const void* host) override;
+  void download(void* host, Tensor x) override;
+  void begin_range(const char* name) override;
+  void end_range() override;
+
+  void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) override;
+  void embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, Tensor tokens, Tensor order, uint32_t seed) override;
+  void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor x, Tensor weight, Tensor bias) override;
+  void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                  Tensor weight, Tensor bias) override;
+  void layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight, Tensor mean,
+                          Tensor rstd) override;
+  void matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) override;
+  void matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weight, Tensor bias) override;
+  void matmul_backward_input(Tensor dx, Tensor dout, Tensor weight) override;
+  void matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) override;
+  void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) override;
+  void bias_backward(Tensor dbias, Tensor dout) override;
+  void gelu_forward(Tensor out, Tensor x) override;
+  void gelu_backward(Tensor dx, Tensor x) override;
+  void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) override;
+  void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) override;
+  void fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
+                        bool write_dlogits) override;
+  void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) override;
+  void round_parameters(const AdamWSlice* slices, int64_t count) override;
+  void sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) override;
+  void clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) override;
+  void cast(Tensor out, Tensor x) override;
+  void accumulate(Tensor out, Tensor x) override;
+  void sum(Tensor sum, Tensor x) override;
+
+ private:
+  // Device memory for the duration of one operation, aligned to 256 bytes: the workspace, or one of our own that grows.
+  void* scratch(int64_t bytes);
+
+  // False if a fused GELU is not available for the product (cublas_lt.h).
+  bool multiply(const Product& product);
+
+  int device_;
+  std::string name_;
+  int64_t shared_memory_;  // bytes that one block may have
+  bool tf32_;
+  cudaStream_t own_stream_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  size_t allocated_bytes_ = 0;
+  std::map<void*, size_t> allocations_;
+  Tensor workspace_;
+  void* own_workspace_ = nullptr;
+  int64_t own_workspace_bytes_ = 0;
+  std::unique_ptr<Staging> staging_;
+  std::unique_ptr<CublasLt> cublas_;
+};
+
+// Throws Error that names the operation unless C, the length of the rows, suits 128-bit accesses.
+void check_channels(const char* operation, int64_t C);
+
+}  // namespace llmc::cuda

@@ -1,0 +1,44 @@
+#include "cuda/make_cuda_ops.h"
+
+#include "cuda/check.h"
+#include "cuda/cuda_ops.h"
+
+namespace llmc {
+
+bool has_cuda() { return true; }
+
+int cuda_device_count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();  // the failure stays with this call
+  return status == cudaSuccess ? count : 0;
+}
+
+std::string why_no_cuda_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  if (status != cudaSuccess) return std::string("no CUDA device can be used: ") + cudaGetErrorString(status);
+  return count > 0 ? "" : "no CUDA device was found";
+}
+
+CudaDevice cuda_device(int device) {
+  const std::string why = why_no_cuda_device();
+  LLMC_CHECK(why.empty(), "%s", why.c_str());
+  LLMC_CHECK(device >= 0 && device < cuda_device_count(), "there is no CUDA device %d: the last is %d", device,
+             cuda_device_count() - 1);
+  cudaDeviceProp properties;
+  LLMC_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+  return {properties.name, 10 * properties.major + properties.minor, properties.multiProcessorCount,
+          properties.totalGlobalMem, properties.sharedMemPerBlockOptin};
+}
+
+std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32) { return std::make_unique<cuda::CudaOps>(device, tf32); }
+
+void use_cuda_stream(Ops& ops, void* stream) {
+  static_cast<cuda::CudaOps&>(ops).use_stream(static_cast<cudaStream_t>(stream));
+}
+
+void allow_tf32(Ops& ops, bool allowed) { static_cast<cuda::CudaOps&>(ops).allow_tf32(allowed); }
+
+}  // namespace llmc

@@ -1,0 +1,40 @@
+// The CUDA backend as the rest of the program sees it; builds without CUDA have it too (no_cuda.cpp), without a device.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "ops/ops.h"
+
+namespace llmc {
+
+struct CudaDevice {
+  std::string name;
+  int compute_capability;  // 10·major + minor
+  int multiprocessors;
+  size_t memory;                   // bytes
+  size_t shared_memory_per_block;  // bytes, the most that a kernel may ask for
+};
+
+// Whether this build holds the CUDA backend.
+bool has_cuda();
+
+// Why there is no usable device, in one sentence, or "" if there is one.
+std::string why_no_cuda_device();
+
+// 0 if there is none.
+int cuda_device_count();
+
+// Throws Error if there is no such device.
+CudaDevice cuda_device(int device);
+
+// The operations on a device, on a stream of their own that orders itself with the default stream. tf32: products and
+// attention in fp32 may round their operands to TF32. Throws Error if there is no such device or it is too old.
+std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32);
+
+// For ops made by make_cuda_ops: the stream (a cudaStream_t) of the calls that follow.
+void use_cuda_stream(Ops& ops, void* stream);
+void allow_tf32(Ops& ops, bool allowed);
+
+}  // namespace llmc

@@ -1,0 +1,33 @@
+// Scratch memory of the CUDA operations in bytes, so that a memory plan can be made without a GPU. The operations of a
+// step run one after the other and share it: a model needs the largest.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace llmc::workspace {
+
+constexpr int64_t kCublas = int64_t(32) << 20;  // what NVIDIA recommends for Hopper; smaller GPUs need less
+
+// Partial sums of column reductions over N rows: at least kGroupRows rows to a group and at most kMaxGroups groups. The
+// cut depends on the shape alone, so the result is the same on every GPU.
+constexpr int64_t kGroupRows = 32;
+constexpr int64_t kMaxGroups = 256;
+inline int64_t groups(int64_t N) { return std::min((N + kGroupRows - 1) / kGroupRows, kMaxGroups); }
+inline int64_t layernorm_backward(int64_t N, int64_t C) { return groups(N) * 2 * C * 4; }
+inline int64_t bias_backward(int64_t N, int64_t OC) { return groups(N) * OC * 4; }
+
+// Blocks of the reductions of whole buffers to one number.
+constexpr int64_t kReduceBlocks = 1024;
+inline int64_t reduce() { return kReduceBlocks * 4; }
+
+// Σ dout·out of each row and head.
+inline int64_t attention_backward(int64_t B, int64_t NH, int64_t T) { return B * NH * T * 4; }
+
+// What the step of a model with batches (B,T) needs.
+inline int64_t step(int64_t B, int64_t T, int64_t C, int64_t NH) {
+  return std::max(
+      {kCublas, layernorm_backward(B * T, C), bias_backward(B * T, 4 * C), reduce(), attention_backward(B, NH, T)});
+}
+
+}  // namespace llmc::workspace

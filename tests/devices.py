@@ -1,0 +1,159 @@
+"""Where the tests of the compiled core run: on the CPU, in the CUDA simulator, and on a GPU where there is one.
+
+A test gives CPU tensors to `ops`, which moves them to the device of the running test and the results back.
+"""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import re
+import sys
+import sysconfig
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from llmc import _C
+
+ROOT = Path(__file__).parent.parent
+SIMULATOR = Path(os.environ.get("LLMC_CUDASIM", ROOT / "build" / "cudasim"))
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+
+
+class Simulator:
+    """The core compiled for simulated CUDA devices, and the switches of the simulator (tests/cudasim/README.md).
+
+    Its device tensors are CPU tensors over the simulator's memory.
+    """
+
+    def __init__(self, folder: Path, variant: str) -> None:
+        self.library = ctypes.CDLL(str(folder / "libcudasim.so"), mode=ctypes.RTLD_GLOBAL)
+        self.library.cudasim_report.restype = ctypes.c_char_p
+        self.library.cudasim_launch_count.restype = ctypes.c_ulonglong
+        self.core = self.load_core(folder / variant)
+
+    def load_core(self, folder: Path) -> ModuleType:
+        path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        spec = importlib.util.spec_from_file_location("llmc_cudasim._C", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = tensor.detach().contiguous()
+        pointer = ctypes.c_void_p()
+        size = ctypes.c_size_t(host.numel() * host.element_size())
+        assert self.library.cudaMalloc(ctypes.byref(pointer), size) == 0
+        assert self.library.cudaMemcpy(pointer, ctypes.c_void_p(host.data_ptr()), size, HOST_TO_DEVICE) == 0
+        buffer = (ctypes.c_char * size.value).from_address(pointer.value)
+        device = torch.frombuffer(buffer, dtype=host.dtype).view(host.shape)
+        weakref.finalize(buffer, self.library.cudaFree, pointer)
+        return device
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty_like(tensor)
+        size = ctypes.c_size_t(host.numel() * host.element_size())
+        pointers = ctypes.c_void_p(host.data_ptr()), ctypes.c_void_p(tensor.data_ptr())
+        assert self.library.cudaMemcpy(*pointers, size, DEVICE_TO_HOST) == 0
+        return host
+
+    def check(self) -> None:
+        """Wait for all work, and fail with what the checker has seen."""
+        self.library.cudaDeviceSynchronize()
+        report = self.library.cudasim_report().decode()
+        self.library.cudasim_clear()
+        assert not report, report
+
+    @contextmanager
+    def settings(
+        self, schedule: str = "forward", lazy: bool = False, shared_memory: int = 227 * 1024
+    ) -> Iterator[None]:
+        """The order of threads, warps and blocks; whether streams put off their work; shared memory of a block."""
+        self.set(schedule, lazy, shared_memory)
+        try:
+            yield
+        finally:
+            self.set("forward", False, 227 * 1024)
+
+    def set(self, schedule: str, lazy: bool, shared_memory: int) -> None:
+        assert self.library.cudasim_set_schedule(schedule.encode()) == 0
+        self.library.cudasim_set_lazy(int(lazy))
+        self.library.cudasim_set_shared_memory(shared_memory)
+
+    def launches(self) -> int:
+        return int(self.library.cudasim_launch_count())
+
+
+class RealGPU:
+    """The core as it is, on CUDA tensors."""
+
+    core = _C
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cuda()
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
+    def check(self) -> None:
+        torch.cuda.synchronize()
+
+
+@cache
+def simulator(variant: str = "checked") -> Simulator:
+    """variant: checked, or fast without the checker. Skips the test where the simulator is not built."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("the CUDA simulator needs Linux on x86-64")
+    if not (SIMULATOR / variant).exists():
+        pytest.skip(f"there is no CUDA simulator in {SIMULATOR}: scripts/test.sh builds it")
+    return Simulator(SIMULATOR, variant)
+
+
+def gpu() -> RealGPU:
+    if reason := _C.why_no_cuda_device():
+        pytest.skip(reason)
+    return RealGPU()
+
+
+class Ops:
+    """_C.ops on the device of the running test, with arguments and results on the CPU."""
+
+    def __init__(self) -> None:
+        self.device: Simulator | RealGPU | None = None
+
+    def __getattr__(self, name: str):
+        device = self.device
+        if device is None:
+            return getattr(_C.ops, name)
+
+        def call(*arguments, **keywords):
+            moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+            def move(value):
+                if isinstance(value, torch.Tensor):
+                    return moved.setdefault(id(value), (value, device.to_device(value)))[1]
+                return [move(item) for item in value] if isinstance(value, list) else value
+
+            try:
+                result = getattr(device.core.ops, name)(*map(move, arguments), **keywords)
+            except device.core.Error as error:
+                if re.search(r"on CUDA it must be a multiple of 8", str(error)):
+                    pytest.skip(str(error))
+                raise
+            device.check()
+            for host, on_device in moved.values():
+                host.copy_(device.to_host(on_device))
+            return result
+
+        return call
+
+
+ops = Ops()
