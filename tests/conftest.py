@@ -23,19 +23,28 @@ def reference() -> ModuleType:
     return module
 
 
+DEVICES = {"cpu": lambda: None, "cudasim": devices.simulator, "gpu": devices.gpu}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of the operations run on every device; those of the number of threads are about the CPU."""
-    if metafunc.module.__name__.startswith("test_ops_"):
-        metafunc.fixturenames.append("device")
-        gpu = pytest.param("gpu", marks=pytest.mark.gpu)
+    """Tests that use `device` run everywhere, but for those of the number of threads; those that use `cuda` on CUDA."""
+    on_cuda = ["cudasim", pytest.param("gpu", marks=pytest.mark.gpu)]
+    if "device" in metafunc.fixturenames:
         on_cpu_only = "thread" in metafunc.function.__name__
-        metafunc.parametrize("device", ["cpu"] if on_cpu_only else ["cpu", "cudasim", gpu], indirect=True)
+        metafunc.parametrize("device", ["cpu"] if on_cpu_only else ["cpu", *on_cuda], indirect=True)
+    if "cuda" in metafunc.fixturenames:
+        metafunc.parametrize("cuda", on_cuda, indirect=True)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device of `devices.ops` during the test."""
-    choices = {"cpu": lambda: None, "cudasim": devices.simulator, "gpu": devices.gpu}
-    devices.ops.device = choices[request.param]()
+    devices.ops.device = DEVICES[request.param]()
     yield request.param
     devices.ops.device = None
+
+
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest) -> devices.Simulator | devices.RealGPU:
+    """A CUDA device: simulated, or real where there is one."""
+    return DEVICES[request.param]()

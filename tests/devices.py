@@ -25,6 +25,7 @@ from llmc import _C
 ROOT = Path(__file__).parent.parent
 SIMULATOR = Path(os.environ.get("LLMC_CUDASIM", ROOT / "build" / "cudasim"))
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+SMALL, LARGE = 99 * 1024, 227 * 1024  # shared memory of a block: consumer chips, Hopper
 
 
 class Simulator:
@@ -73,18 +74,16 @@ class Simulator:
         assert not report, report
 
     @contextmanager
-    def settings(
-        self, schedule: str = "forward", lazy: bool = False, shared_memory: int = 227 * 1024
-    ) -> Iterator[None]:
+    def settings(self, schedule: str = "forward", lazy: bool = False, shared_memory: int = LARGE) -> Iterator[None]:
         """The order of threads, warps and blocks; whether streams put off their work; shared memory of a block."""
         self.set(schedule, lazy, shared_memory)
         try:
             yield
         finally:
-            self.set("forward", False, 227 * 1024)
+            self.set("forward", False, LARGE)
 
     def set(self, schedule: str, lazy: bool, shared_memory: int) -> None:
-        assert self.library.cudasim_set_schedule(schedule.encode()) == 0
+        assert self.library.cudasim_set_schedule(schedule.encode()) == 1
         self.library.cudasim_set_lazy(int(lazy))
         self.library.cudasim_set_shared_memory(shared_memory)
 

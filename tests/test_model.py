@@ -5,6 +5,17 @@ import math
 
 import pytest
 import torch
+from model_testing import (
+    assert_same_bits,
+    batch,
+    bits,
+    build,
+    gradients_of,
+    reference_model,
+    relative_error,
+    sizes,
+    train_step,
+)
 from ops_testing import round_stochastically
 
 from llmc import _C, debug_state, model_file
@@ -17,83 +28,6 @@ SMALL = [
     (130, 100, 2, 4, 512, 1, 129),
 ]
 D12 = (1024, 50257, 12, 12, 768, 4, 64)
-
-
-def sizes(case):
-    max_seq_len, vocab_size, num_layers, num_heads, channels, B, T = case
-    shape = dict(
-        max_seq_len=max_seq_len, vocab_size=vocab_size, num_layers=num_layers, num_heads=num_heads, channels=channels
-    )
-    return shape, B, T
-
-
-def build(case, **options):
-    """An llmc model of the case's sizes with random parameters (biases and layernorms too)."""
-    shape, B, T = sizes(case)
-    config = _C.GPT2Config(**shape, padded_vocab_size=-(-shape["vocab_size"] // 128) * 128)
-    model = _C.GPT2(config, _C.Options(**{"batch_size": B, "seq_len": T, **options}))
-    model.init_random(seed=42)
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.parameters().items():
-        if parameter.dim() == 1:  # init_random leaves vectors at 0 and 1, where many errors hide
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            parameter.copy_(noise + (1 if name.endswith("w") else 0))
-    return model
-
-
-def reference_model(reference, model, dtype=torch.float32):
-    """The PyTorch model with the same parameters."""
-    config = model.config
-    torch_model = reference.GPT(
-        reference.GPTConfig(
-            config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels,
-            config.padded_vocab_size,
-        )
-    ).to(dtype)  # fmt: skip
-    parameters = model.parameters()
-    with torch.no_grad():
-        for name, tensor in reference.named_tensors(torch_model).items():
-            tensor.copy_(parameters[name][: tensor.shape[0]])
-    return torch_model
-
-
-def batch(case, seed=0):
-    shape, B, T = sizes(case)
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(shape["vocab_size"], (B, T), generator=generator) for _ in range(2)]
-
-
-def relative_error(actual, expected):
-    actual, expected = actual.double(), expected.double()
-    return float((actual - expected).norm() / (expected.norm() + 1e-30))
-
-
-def gradients_of(reference, torch_model, x, y):
-    torch_model.zero_grad()
-    _, loss = torch_model(x, y)
-    loss.backward()
-    return {name: tensor.grad for name, tensor in reference.named_tensors(torch_model).items()}
-
-
-def train_step(model, x, y, step=1, lr=1e-3, **kwargs):
-    model.forward(x)
-    model.backward(y)
-    model.update(lr=lr, weight_decay=0.1, step=step, **kwargs)
-    return model.loss()
-
-
-def bits(model):
-    """A copy of all parameters and gradients."""
-    return {
-        kind: {name: tensor.clone() for name, tensor in getattr(model, kind)().items()}
-        for kind in ("parameters", "gradients")
-    }
-
-
-def assert_same_bits(a, b):
-    for kind in a:
-        for name in a[kind]:
-            assert torch.equal(a[kind][name], b[kind][name]), f"{kind} of {name} differ"
 
 
 # --- against PyTorch ------------------------------------------------------------------------------------------------

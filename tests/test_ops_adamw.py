@@ -15,6 +15,8 @@ from ops_testing import (
 
 from llmc import _C
 
+pytestmark = pytest.mark.usefixtures("device")
+
 HYPER = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 SIZES = [1, 8, 97, 513, 2049, 30011]
 

@@ -7,6 +7,8 @@ import torch
 from devices import ops
 from ops_testing import DTYPES, F32, UNIT_ROUNDOFF, assert_same_for_all_thread_counts, assert_within, normal
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # (B, T, NH, HS): one position, less than a block of queries (64), exactly one, one more, many, more than one block of
 # keys (1024); few heads (backward by blocks) and many (backward by heads); head sizes that are no multiple of a vector.
 SHAPES = [

@@ -7,6 +7,8 @@ import torch
 from devices import ops
 from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, assert_within, normal
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # (N, V, Vp): one row, no padding, V no multiple of a vector, more than one block (2048), GPT-2's vocabulary.
 SHAPES = [(1, 1, 8), (1, 17, 64), (5, 64, 64), (67, 251, 256), (3, 2048, 2048), (4, 4099, 4224), (9, 50257, 50304)]
 DLOSS = 0.37

@@ -14,6 +14,8 @@ from ops_testing import (
     same_bits,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # B, T, C, rows of wte, rows of wpe, ids drawn from: few ids give many repetitions; C = 300 needs two blocks of columns.
 CASES = [
     (1, 1, 8, 3, 1, 3),

@@ -7,6 +7,8 @@ import torch
 from devices import ops
 from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, assert_within, normal
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZES = [1, 7, 8, 33, 1000, 16385, 100003]  # below and above the size from which threads work
 
 

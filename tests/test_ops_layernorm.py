@@ -5,6 +5,8 @@ import torch
 from devices import ops
 from ops_testing import DTYPES, DTYPES_X_G, F32, assert_same_for_all_thread_counts, assert_within, normal, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 EPS = 1e-5
 SHAPES = [(1, 8), (1, 768), (2, 1), (5, 33), (64, 97), (67, 128), (1031, 24), (129, 1600)]
 

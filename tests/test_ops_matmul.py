@@ -7,6 +7,8 @@ import torch
 from devices import ops
 from ops_testing import DTYPES, DTYPES_X_G, F32, assert_same_for_all_thread_counts, assert_within, normal, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # (N, IC, OC): a single row, single elements, primes, several tiles in both directions, several bf16 panels (512) deep.
 SHAPES = [
     (1, 8, 8),

@@ -8,6 +8,8 @@ import torch
 from devices import ops
 from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, normal, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # A work item has 16384 elements and a parallel region 512 of them.
 SIZES = [1, 7, 1023, 1025, 16384, 16385, 100003, 512 * 16384 + 5]
 

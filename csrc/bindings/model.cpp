@@ -120,11 +120,13 @@ py::list plan_rows(const GPT2Config& config, const Options& options, int world_s
 
 }  // namespace
 
+// The types are local to the module, so that two builds of it can be loaded side by side and compared.
 void register_model(py::module_& module) {
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> no_gil;
 
-  py::class_<GPT2Config>(module, "GPT2Config", "Shape of a GPT-2: what the model file's header holds.")
+  py::class_<GPT2Config>(module, "GPT2Config", py::module_local(),
+                         "Shape of a GPT-2: what the model file's header holds.")
       .def(py::init([](int64_t max_seq_len, int64_t vocab_size, int64_t padded_vocab_size, int64_t num_layers,
                        int64_t num_heads, int64_t channels) {
              const GPT2Config config{max_seq_len, vocab_size, padded_vocab_size, num_layers, num_heads, channels};
@@ -141,7 +143,7 @@ void register_model(py::module_& module) {
       .def_readonly("channels", &GPT2Config::channels)
       .def_property_readonly("num_parameters", &GPT2Config::num_parameters);
 
-  py::class_<Options>(module, "Options", "How a model is run; see csrc/gpt2/config.h.")
+  py::class_<Options>(module, "Options", py::module_local(), "How a model is run; see csrc/gpt2/config.h.")
       .def(
           py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion, bool master_weights,
@@ -179,7 +181,7 @@ void register_model(py::module_& module) {
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
       "The memory of one rank before anything is allocated: a list of (name, lifetime, dtype, shape, offset, bytes).");
 
-  py::class_<GPT2, Model>(module, "GPT2",
+  py::class_<GPT2, Model>(module, "GPT2", py::module_local(),
                           "GPT-2 with its training step; see csrc/gpt2/model.h. Parameters are 0 until init_random() "
                           "or until they are written.")
       .def(py::init([](const GPT2Config& config, const Options& options) {

@@ -51,7 +51,7 @@ PYBIND11_MODULE(_C, module) {
   namespace py = pybind11;
   py::module_::import("torch");  // the tensor casters need torch's Python half, whatever was imported first
   module.doc() = "The compiled core of llmc: GPT2 with its training step, and every operation of it in `ops`.";
-  py::register_exception<llmc::Error>(module, "Error", PyExc_RuntimeError);
+  py::register_local_exception<llmc::Error>(module, "Error", PyExc_RuntimeError);
   llmc::bindings::register_ops(module);
   llmc::bindings::register_model(module);
   llmc::bindings::register_random(module);

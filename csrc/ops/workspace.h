@@ -9,15 +9,19 @@ namespace llmc::workspace {
 
 constexpr int64_t kCublas = int64_t(32) << 20;  // what NVIDIA recommends for Hopper; smaller GPUs need less
 
-// Partial sums of column reductions over N rows: at least kGroupRows rows to a group and at most kMaxGroups groups. The
-// cut depends on the shape alone, so the result is the same on every GPU.
-constexpr int64_t kGroupRows = 32;
-constexpr int64_t kMaxGroups = 256;
-inline int64_t groups(int64_t N) { return std::min((N + kGroupRows - 1) / kGroupRows, kMaxGroups); }
-inline int64_t layernorm_backward(int64_t N, int64_t C) { return groups(N) * 2 * C * 4; }
-inline int64_t bias_backward(int64_t N, int64_t OC) { return groups(N) * OC * 4; }
+// Sums over the N rows of a matrix are formed in groups of rows, then added. Many groups keep a GPU busy when there are few
+// columns, few groups make the second step cheap; their sums never take more than 4 MiB for the columns of a matrix.
+// The cut depends on the shape alone, so the result is the same on every GPU.
+constexpr int64_t kGroupRows = 16;  // fewest rows of a group
+constexpr int64_t kMaxGroups = 512;
+constexpr int64_t kMaxGroupSums = int64_t(1) << 20;
+inline int64_t groups(int64_t N, int64_t columns) {
+  return std::clamp(std::min(kMaxGroups, kMaxGroupSums / columns), int64_t(1), (N + kGroupRows - 1) / kGroupRows);
+}
+inline int64_t layernorm_backward(int64_t N, int64_t C) { return groups(N, C) * 2 * C * 4; }
+inline int64_t bias_backward(int64_t N, int64_t OC) { return groups(N, OC) * OC * 4; }
 
-// Blocks of the reductions of whole buffers to one number.
+// Blocks of the reductions of whole buffers to one number, a block's number of threads at most.
 constexpr int64_t kReduceBlocks = 1024;
 inline int64_t reduce() { return kReduceBlocks * 4; }
 

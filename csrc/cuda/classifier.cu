@@ -1,0 +1,113 @@
+// Loss head: softmax, cross-entropy and its gradient, one block per row.
+//
+// First pass: every thread keeps the maximum and the sum of exponentials of its columns up to date (online softmax,
+// Milakov and Gimelshein 2018), so that the row is read once; the block combines them. Second pass: the gradient, in place,
+// over the columns in reverse order: what the first pass has read last is still in the L1 cache, the rest in the L2 cache.
+// Blocks take the rows from the last to the first, as the matrix product before has left the last ones in the L2 cache.
+//
+// Columns up to the last whole vector below V go by 128-bit accesses, if Vp lets all rows start at multiples of 16 bytes;
+// the others, padding included, one by one. The threads of a row and so the order of additions depend on V and Vp alone.
+#include <cfloat>
+
+#include "core/dispatch.h"
+#include "core/integers.h"
+#include "cuda/cuda_ops.h"
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+#include "cuda/vector.cuh"
+
+namespace llmc::cuda {
+namespace {
+
+constexpr int kMaxThreads = 512;
+
+__device__ float block_max(float x) {
+  __shared__ float warp_maxima[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  x = warp_max(x);
+  if (lane == 0) warp_maxima[warp] = x;
+  __syncthreads();
+  return warp_max(lane < warps ? warp_maxima[lane] : -FLT_MAX);
+}
+
+// e^x for differences x <= 0 of logits. The fast form is off by 2 + 1.2·|x| units in the last place, so the error of a term
+// e^x is below 4 units of the largest term, 1, and falls with |x|: no more than the additions of the sum are off.
+__device__ float fast_exp(float x) { return __expf(x); }
+
+// The largest logit so far and Σ exp(logit - max).
+struct Softmax {
+  float max = -FLT_MAX;  // not -inf: -inf - -inf would be NaN
+  float sum = 0;
+
+  template <int N>
+  __device__ void add(const float (&x)[N]) {
+    float largest = x[0];
+    for (int i = 1; i < N; i++) largest = fmaxf(largest, x[i]);
+    if (largest > max) {
+      sum *= fast_exp(max - largest);
+      max = largest;
+    }
+    for (int i = 0; i < N; i++) sum += fast_exp(x[i] - max);
+  }
+};
+
+// vectors: how many columns, a multiple of the vector's size, are accessed by vectors.
+template <typename X>
+__global__ void __launch_bounds__(kMaxThreads)
+    fused_classifier_kernel(X* logits, float* losses, const int32_t* targets, int V, int Vp, int vectors, float dloss,
+                            bool write_dlogits) {
+  constexpr int W = Packed<X>::size;
+  const int64_t n = gridDim.x - 1 - blockIdx.x;
+  X* row = logits + n * Vp;
+  const int target = targets[n];
+  const int thread = threadIdx.x, threads = blockDim.x;
+
+  Softmax softmax;
+#pragma unroll 2
+  for (int c = thread * W; c < vectors; c += threads * W) {
+    const Packed<X> pack = load128(row + c);
+    float x[W];
+    for (int i = 0; i < W; i++) x[i] = to_float(pack[i]);
+    softmax.add(x);
+  }
+  for (int c = vectors + thread; c < V; c += threads) {
+    const float x[1] = {to_float(row[c])};
+    softmax.add(x);
+  }
+  const float target_logit = to_float(row[target]);  // before a thread overwrites it
+  const float max = block_max(softmax.max);
+  const float sum = block_sum(softmax.sum * fast_exp(softmax.max - max));
+  if (thread == 0) losses[n] += (max - target_logit) + logf(sum);
+  if (!write_dlogits) return;
+
+  const float scale = dloss / sum;
+  const float target_gradient = (fast_exp(target_logit - max) / sum - 1.0f) * dloss;
+  for (int c = vectors + thread; c < Vp; c += threads) {
+    const float gradient = c < V ? fast_exp(to_float(row[c]) - max) * scale : 0.0f;
+    row[c] = from_float<X>(c == target ? target_gradient : gradient);
+  }
+#pragma unroll 2
+  for (int c = vectors - (thread + 1) * W; c >= 0; c -= threads * W) {
+    Packed<X> pack = load128_once(row + c);
+    for (int i = 0; i < W; i++) pack[i] = from_float<X>(fast_exp(to_float(pack[i]) - max) * scale);
+    store128(row + c, pack);
+    if (target >= c && target < c + W) row[target] = from_float<X>(target_gradient);
+  }
+}
+
+}  // namespace
+
+void CudaOps::fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
+                               bool write_dlogits) {
+  const int64_t Vp = logits.last();
+  dispatch(logits.dtype, [&](auto zero) {
+    using X = decltype(zero);
+    constexpr int W = Packed<X>::size;
+    const int64_t vectors = Vp % W == 0 ? vocab_size / W * W : 0;
+    const int64_t threads = min(round_up(divide_up(Vp, W), kWarp), kMaxThreads);
+    launch(fused_classifier_kernel<X>, unsigned(logits.rows()), unsigned(threads), 0, stream_, logits.as<X>(),
+           losses.as<float>(), targets.as<int32_t>(), int(vocab_size), int(Vp), int(vectors), dloss, write_dlogits);
+  });
+}
+
+}  // namespace llmc::cuda

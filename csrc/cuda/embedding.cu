@@ -1,0 +1,186 @@
+// Token and position embedding.
+//
+// Forward: a warp per row. Backward: a warp sums the rows of dout that belong to one row of dwte or dwpe, for as many
+// columns as its lanes hold by 128-bit loads, and adds the sum once. Sums of up to 32 rows, and all of dwpe, are formed row
+// after row. A token that occurs more often is shared by the warps of a block: each sums every kWarps-th chunk of 32
+// rows, then the warps' sums are added in order. So the result does not depend on who runs when.
+#include "core/dispatch.h"
+#include "core/integers.h"
+#include "core/random.h"
+#include "cuda/cuda_ops.h"
+#include "cuda/elements.cuh"
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+
+namespace llmc::cuda {
+namespace {
+
+constexpr int kForwardWarps = 8;  // of a block
+constexpr int kWarps = 16;        // of a block of the backward kernels
+constexpr int kBatch = 8;         // rows whose loads are in flight together
+
+template <typename X>
+constexpr int kColumns = kWarp * Packed<X>::size;  // of a warp
+
+template <typename X>
+__global__ void __launch_bounds__(kForwardWarps * kWarp)
+    embedding_forward_kernel(X* out, const int32_t* tokens, const X* wte, const X* wpe, int64_t N, int T, int C) {
+  constexpr int W = Packed<X>::size;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t n = int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp;
+  if (n >= N) return;
+  const X* token_row = wte + int64_t(tokens[n]) * C;
+  const X* position_row = wpe + n % T * C;
+  for (int c = lane * W; c < C; c += kWarp * W) {
+    const Packed<X> token = load128(token_row + c), position = load128(position_row + c);
+    Packed<X> sum;
+    for (int i = 0; i < W; i++) sum[i] = from_float<X>(to_float(token[i]) + to_float(position[i]));
+    store128(out + n * C + c, sum);
+  }
+}
+
+// Some of the rows of a sum, 32 at most: lane i holds the position of row i.
+struct Chunk {
+  int position;
+  int count;
+};
+
+// The chunk that starts at order[begin], as far as its positions hold the token.
+__device__ Chunk find_chunk(const int32_t* tokens, const int32_t* order, int64_t begin, int64_t N, int token) {
+  const int64_t i = begin + threadIdx.x % kWarp;
+  const int position = i < N ? order[i] : 0;
+  const bool same = i < N && tokens[position] == token;
+  return {position, __popc(__ballot_sync(kFullMask, same))};  // order is sorted: the positions come first
+}
+
+// sum += the chunk's rows of dout, one after the other, in the columns from `column` on. All lanes must call.
+template <typename X, int W>
+__device__ void add_rows(float (&sum)[W], const X* dout, const Chunk& chunk, int column, int C) {
+  for (int first = 0; first < chunk.count; first += kBatch) {
+    Packed<X> rows[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int64_t position = __shfl_sync(kFullMask, chunk.position, first + i);
+      const bool valid = first + i < chunk.count && column < C;
+      rows[i] = valid ? load128(dout + position * C + column) : Packed<X>::zeros();
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      for (int k = 0; k < W; k++) sum[k] += to_float(rows[i][k]);
+    }
+  }
+}
+
+// x, rounded stochastically if G is bf16, for row and column of a gradient.
+template <typename G>
+__device__ float rounded(float x, int column, int64_t row, uint32_t seed) {
+  if constexpr (sizeof(G) == 2) {
+    return to_float(stochastic_round(x, noise_2d(uint32_t(column), uint32_t(row), seed)));
+  } else {
+    return x;
+  }
+}
+
+// gradient[row, column + i] += sum[i].
+template <typename G, int W>
+__device__ void add_once(G* gradient, const float (&sum)[W], int64_t row, int column, int C, uint32_t seed) {
+  if (column >= C) return;
+  G* p = gradient + row * C + column;
+  float x[W];
+  load_vector(x, p);
+  for (int i = 0; i < W; i++) x[i] = rounded<G>(x[i] + sum[i], column + i, row, seed);
+  store_vector(p, x);
+}
+
+// Warp w of block (x,y) looks whether a token's positions start at order[x·kWarps + w].
+template <typename G, typename X>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    dwte_kernel(G* dwte, const X* dout, const int32_t* tokens, const int32_t* order, int64_t N, int C, uint32_t seed) {
+  constexpr int W = Packed<X>::size;
+  __shared__ int64_t shared_start;                 // where a token's positions start that the block shares, or -1
+  __shared__ float sums[kWarps][kColumns<X>];      // of its rows
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int first_column = blockIdx.y * kColumns<X>, column = first_column + lane * W;
+  const int64_t start = int64_t(blockIdx.x) * kWarps + warp;
+  if (threadIdx.x == 0) shared_start = -1;
+  __syncthreads();
+
+  if (start < N) {
+    const int token = tokens[order[start]];
+    if (start == 0 || tokens[order[start - 1]] != token) {
+      const Chunk chunk = find_chunk(tokens, order, start, N, token);
+      if (chunk.count < kWarp) {
+        float sum[W] = {};
+        add_rows(sum, dout, chunk, column, C);
+        add_once(dwte, sum, token, column, C, seed);
+      } else if (lane == 0) {
+        shared_start = start;  // no other warp finds one: fewer than 32 positions from here on the next block begins
+      }
+    }
+  }
+  __syncthreads();
+  if (shared_start < 0) return;
+
+  const int token = tokens[order[shared_start]];
+  float sum[W] = {};
+  Chunk chunk;
+  int64_t begin = shared_start + warp * kWarp;
+  do {
+    chunk = find_chunk(tokens, order, begin, N, token);
+    add_rows(sum, dout, chunk, column, C);
+    begin += kWarps * kWarp;
+  } while (chunk.count == kWarp);
+  for (int i = 0; i < W; i += 4) store_vector(&sums[warp][lane * W + i], {sum[i], sum[i + 1], sum[i + 2], sum[i + 3]});
+  __syncthreads();
+
+  const int own = threadIdx.x;
+  if (own >= kColumns<X> || first_column + own >= C) return;
+  float total = 0;
+  for (int w = 0; w < kWarps; w++) total += sums[w][own];
+  G* p = dwte + int64_t(token) * C + first_column + own;
+  *p = from_float<G>(rounded<G>(to_float(*p) + total, first_column + own, token, seed));
+}
+
+// A warp per position t and block of columns.
+template <typename G, typename X>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    dwpe_kernel(G* dwpe, const X* dout, int B, int T, int C, uint32_t seed) {
+  constexpr int W = Packed<X>::size;
+  const int lane = threadIdx.x % kWarp, column = blockIdx.y * kColumns<X> + lane * W;
+  const int t = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (t >= T) return;
+  float sum[W] = {};
+  for (int b = 0; b < B; b += kWarp) {
+    const Chunk chunk = {(b + lane) * T + t, int(min(B - b, kWarp))};
+    add_rows(sum, dout, chunk, column, C);
+  }
+  add_once(dwpe, sum, t, column, C, seed);
+}
+
+}  // namespace
+
+void CudaOps::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) {
+  const int64_t N = tokens.numel(), T = tokens.last(), C = out.last();
+  check_channels("embedding_forward", C);
+  dispatch(out.dtype, [&](auto zero) {
+    using X = decltype(zero);
+    launch(embedding_forward_kernel<X>, blocks_for(N, kForwardWarps), kForwardWarps * kWarp, 0, stream_, out.as<X>(),
+           tokens.as<int32_t>(), wte.as<X>(), wpe.as<X>(), N, int(T), int(C));
+  });
+}
+
+void CudaOps::embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, Tensor tokens, Tensor order, uint32_t seed) {
+  const int64_t N = tokens.numel(), T = tokens.last(), C = dout.last();
+  check_channels("embedding_backward", C);
+  dispatch(dwte.dtype, dout.dtype, [&](auto g, auto x) {
+    using G = decltype(g);
+    using X = decltype(x);
+    const unsigned column_blocks = blocks_for(C, kColumns<X>);
+    launch(dwte_kernel<G, X>, dim3(blocks_for(N, kWarps), column_blocks), kWarps * kWarp, 0, stream_, dwte.as<G>(),
+           dout.as<X>(), tokens.as<int32_t>(), order.as<int32_t>(), N, int(C), seed);
+    launch(dwpe_kernel<G, X>, dim3(blocks_for(T, kWarps), column_blocks), kWarps * kWarp, 0, stream_, dwpe.as<G>(),
+           dout.as<X>(), int(tokens.rows()), int(T), int(C), seed + 1);
+  });
+}
+
+}  // namespace llmc::cuda
