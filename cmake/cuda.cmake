@@ -9,7 +9,7 @@
 #   CUDA_RPATHS        the folders of cuBLASLt and NCCL at run time
 #   add_cuda_backend(TARGET)  adds csrc/cuda to a library; without CUDA, the file that says so
 #
-# NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; those with libraries have versioned names only.
+# NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; their shared libraries have versioned names only.
 # cudart is linked statically, as cuBLASLt and NCCL do it themselves: it opens the driver, libcuda.so.1, when it is first
 # called, so that the extension can be loaded on a machine without one.
 set(LLMC_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
@@ -48,7 +48,7 @@ if(NVCC)
   endif()
   string(REGEX MATCH "release ([0-9.]+)" version "${version}")
   if(NOT version MATCHES "release 13\\.")
-    list(APPEND CUDA_MISSING "nvcc of CUDA 13 (${NVCC} is ${version})")
+    list(APPEND CUDA_MISSING "nvcc of CUDA 13 (${NVCC} says '${version}')")
   elseif(NOT status EQUAL 0)
     string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" reason "${output}")
     list(APPEND CUDA_MISSING "an nvcc that works with ${CMAKE_CXX_COMPILER} (${NVCC}: ${reason})")
