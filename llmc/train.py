@@ -64,6 +64,8 @@ def train(config: TrainConfig) -> None:
             seconds_left=throughput.seconds_left(run.num_steps - step - 1),
         )
         logger.training(report)
+        if run.telemetry and due(step + 1, config.log_gpu_every):  # llm.c counts steps from 1 here
+            print(run.telemetry.line(), flush=True)
 
     if throughput.steps > 0:
         print(f"total average iteration time: {throughput.average_ms():f} ms")

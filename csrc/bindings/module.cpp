@@ -31,6 +31,7 @@ void register_build_info(py::module_& module) {
           const CudaDevice device = cuda_device(i);
           py::dict entry;
           entry["name"] = device.name;
+          entry["pci_bus_id"] = device.pci_bus_id;
           entry["compute_capability"] = py::make_tuple(device.compute_capability / 10, device.compute_capability % 10);
           entry["multiprocessors"] = device.multiprocessors;
           entry["memory"] = device.memory;
@@ -39,7 +40,7 @@ void register_build_info(py::module_& module) {
         }
         return devices;
       },
-      "The CUDA devices that can be used: name, compute capability, multiprocessors, memory in bytes.");
+      "The CUDA devices that can be used: name, PCI bus id, compute capability, multiprocessors, memory in bytes.");
   module.def(
       "peak_flops", [] { return make_cpu_ops()->peak_flops(); }, py::call_guard<py::gil_scoped_release>(),
       "fp32 multiply-add rate in flop/s that all threads together reach in registers; measured in about 50 ms.");

@@ -1,5 +1,7 @@
 #include "cuda/make_cuda_ops.h"
 
+#include <cstdio>
+
 #include "cuda/check.h"
 #include "cuda/cuda_ops.h"
 
@@ -29,8 +31,15 @@ CudaDevice cuda_device(int device) {
              cuda_device_count() - 1);
   cudaDeviceProp properties;
   LLMC_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-  return {properties.name, 10 * properties.major + properties.minor, properties.multiProcessorCount,
-          properties.totalGlobalMem, properties.sharedMemPerBlockOptin};
+  char pci_bus_id[32];
+  std::snprintf(pci_bus_id, sizeof pci_bus_id, "%08x:%02x:%02x.0", properties.pciDomainID, properties.pciBusID,
+                properties.pciDeviceID);
+  return {properties.name,
+          pci_bus_id,
+          10 * properties.major + properties.minor,
+          properties.multiProcessorCount,
+          properties.totalGlobalMem,
+          properties.sharedMemPerBlockOptin};
 }
 
 std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32) { return std::make_unique<cuda::CudaOps>(device, tf32); }

@@ -11,6 +11,7 @@ namespace llmc {
 
 struct CudaDevice {
   std::string name;
+  std::string pci_bus_id;  // domain:bus:device.function, hexadecimal
   int compute_capability;  // 10·major + minor
   int multiprocessors;
   size_t memory;                   // bytes

@@ -1,0 +1,311 @@
+// Layer normalisation.
+//
+// Forward: a warp per row, a block per row for long ones. The first pass over the row keeps it in shared memory (each thread
+// reads back only what it wrote itself), the next ones take the variance about the mean, which does not cancel for rows far
+// from zero, and the output. So every tensor is read once, unless a row is too long to be kept.
+//
+// Backward: the rows are cut into groups (ops/workspace.h), a block takes a group and its threads take the columns, 128
+// bits each, so that a thread has the sums for its dweight and dbias in registers. Several rows are in flight at a time:
+// the block forms their means with one barrier, then writes dx. Every tensor is read once. Rows with more columns than a
+// block has registers for go two ways: one kernel for dx, a block per row, and one for the sums of the groups.
+// A last kernel adds the groups in a fixed order (column_sums.cuh).
+#include "core/dispatch.h"
+#include "core/integers.h"
+#include "cuda/column_sums.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/elements.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+#include "cuda/reduce.cuh"
+#include "ops/workspace.h"
+
+namespace llmc::cuda {
+namespace {
+
+constexpr float kEps = 1e-5f;
+constexpr int kThreads = 256;                  // of a block, unless something else is said
+constexpr int64_t kWarpRowBytes = 4 << 10;     // longest row of a warp: eight 128-bit loads for each lane
+constexpr int64_t kSharedRowBytes = 48 << 10;  // longest row that is kept: what a block may have without asking
+
+// Σ over the threads that share a row: a warp, or the block.
+template <int kRowThreads>
+__device__ float row_sum(float x) {
+  if constexpr (kRowThreads == kWarp) {
+    return warp_sum(x);
+  } else {
+    return block_sum(x);
+  }
+}
+
+// One row; thread is this thread's number among the kRowThreads that share it. Both forms of the forward pass use it, so
+// that they give the same bits: first_pass(c) gives the row's elements from c on, once; kept(c) gives them again.
+template <typename X, int kRowThreads, typename FirstPass, typename Kept>
+__device__ void normalise(X* out, float* mean_out, float* rstd_out, const X* weight, const X* bias, int C, int thread,
+                          FirstPass first_pass, Kept kept) {
+  constexpr int W = Packed<X>::size;
+  float sum = 0;
+  for (int c = thread * W; c < C; c += kRowThreads * W) {
+    const Packed<X> x = first_pass(c);
+    for (int i = 0; i < W; i++) sum += to_float(x[i]);
+  }
+  const float mean = row_sum<kRowThreads>(sum) / float(C);
+
+  float square = 0;
+  for (int c = thread * W; c < C; c += kRowThreads * W) {
+    const Packed<X> x = kept(c);
+    for (int i = 0; i < W; i++) square += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
+  }
+  const float rstd = 1.0f / sqrtf(row_sum<kRowThreads>(square) / float(C) + kEps);
+
+  for (int c = thread * W; c < C; c += kRowThreads * W) {
+    const Packed<X> x = kept(c), w = load128(weight + c), b = load128(bias + c);
+    Packed<X> y;
+    for (int i = 0; i < W; i++) {
+      y[i] = from_float<X>((to_float(x[i]) - mean) * rstd * to_float(w[i]) + to_float(b[i]));
+    }
+    store128(out + c, y);
+  }
+  if (thread == 0) {
+    *mean_out = mean;
+    *rstd_out = rstd;
+  }
+}
+
+// kResidual: residual = a + b is normalised. Otherwise a is, and residual and b are not used.
+// keep: the block has shared memory for its rows.
+template <typename X, int kRowThreads, bool kResidual>
+__global__ void __launch_bounds__(kThreads)
+    layernorm_forward_kernel(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight,
+                             const X* bias, int64_t N, int C, bool keep) {
+  constexpr int kRows = kThreads / kRowThreads;
+  LLMC_DYNAMIC_SHARED(X, shared);
+  const int row = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads;
+  const int64_t n = int64_t(blockIdx.x) * kRows + row;
+  if (n >= N) return;
+  X* kept_row = shared + row * C;
+  const X* stored_row = (kResidual ? residual : a) + n * C;
+
+  const auto first_pass = [=](int c) {
+    Packed<X> x;
+    if constexpr (kResidual) {
+      x = load128_once(a + n * C + c);
+      const Packed<X> y = load128_once(b + n * C + c);
+      for (int i = 0; i < Packed<X>::size; i++) x[i] = from_float<X>(to_float(x[i]) + to_float(y[i]));
+      store128(residual + n * C + c, x);
+    } else {
+      x = load128(a + n * C + c);
+    }
+    if (keep) store128(kept_row + c, x);
+    return x;
+  };
+  const auto kept = [=](int c) { return keep ? load128(kept_row + c) : load128(stored_row + c); };
+  normalise<X, kRowThreads>(out + n * C, &mean[n], &rstd[n], weight, bias, C, thread, first_pass, kept);
+}
+
+template <typename X, bool kResidual>
+void forward(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight, const X* bias,
+             int64_t N, int64_t C, cudaStream_t stream) {
+  const int64_t row_bytes = C * int64_t(sizeof(X));
+  const bool keep = row_bytes <= kSharedRowBytes;
+  if (row_bytes <= kWarpRowBytes) {
+    constexpr int kRows = kThreads / kWarp;
+    launch(layernorm_forward_kernel<X, kWarp, kResidual>, blocks_for(N, kRows), kThreads, size_t(kRows * row_bytes),
+           stream, out, mean, rstd, residual, a, b, weight, bias, N, int(C), keep);
+  } else {
+    launch(layernorm_forward_kernel<X, kThreads, kResidual>, unsigned(N), kThreads, size_t(keep ? row_bytes : 0), stream,
+           out, mean, rstd, residual, a, b, weight, bias, N, int(C), keep);
+  }
+}
+
+// The backward pass of some elements of a row: xhat, g = dout·weight, and dx from the row's means of g and g·xhat.
+template <typename X>
+struct Elements {
+  static constexpr int W = Packed<X>::size;
+  Packed<X> dout, x;
+
+  __device__ float xhat(int i, float mean, float rstd) const { return (to_float(x[i]) - mean) * rstd; }
+
+  __device__ Packed<X> new_dx(const Packed<X>& dx, const float (&weight)[W], float mean, float rstd, float g_mean,
+                              float gx_mean) const {
+    Packed<X> result;
+    for (int i = 0; i < W; i++) {
+      const float g = to_float(dout[i]) * weight[i];
+      result[i] = from_float<X>(to_float(dx[i]) + rstd * (g - g_mean - xhat(i, mean, rstd) * gx_mean));
+    }
+    return result;
+  }
+};
+
+// A group of rows, kRows at a time, by a block with a thread for each vector of columns.
+// partials f32 (groups,2,C): the groups' shares of dweight and dbias.
+template <typename X, int kMaxThreads, int kRows>
+__global__ void __launch_bounds__(kMaxThreads)
+    layernorm_backward_kernel(X* dx, float* partials, const X* dout, const X* x, const X* weight, const float* means,
+                              const float* rstds, int64_t N, int C) {
+  constexpr int W = Packed<X>::size;
+  constexpr int kWarps = kMaxThreads / kWarp;
+  // Of each warp and row: Σ g and Σ g·xhat. Two sets take turns, so that one barrier for each is enough.
+  __shared__ float warp_sums[2][2 * kRows][kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int c = threadIdx.x * W;
+  const bool active = c < C;
+  float w[W] = {}, dweight[W] = {}, dbias[W] = {};
+  if (active) load_vector(w, weight + c);
+
+  const int64_t group = blockIdx.x, groups = gridDim.x;
+  const int64_t end = (group + 1) * N / groups;
+  int set = 0;
+  for (int64_t first = group * N / groups; first < end; first += kRows) {
+    Elements<X> rows[kRows];
+    Packed<X> old_dx[kRows];
+    float mean[kRows], rstd[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      const int64_t n = first + r;
+      const bool valid = active && n < end;
+      rows[r].dout = valid ? load128_once(dout + n * C + c) : Packed<X>::zeros();
+      rows[r].x = valid ? load128_once(x + n * C + c) : Packed<X>::zeros();
+      old_dx[r] = valid ? load128(dx + n * C + c) : Packed<X>::zeros();
+      mean[r] = n < end ? means[n] : 0.0f;
+      rstd[r] = n < end ? rstds[n] : 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      float g_sum = 0, gx_sum = 0;
+      for (int i = 0; i < W; i++) {
+        const float d = to_float(rows[r].dout[i]), xhat = rows[r].xhat(i, mean[r], rstd[r]), g = d * w[i];
+        g_sum += g;
+        gx_sum += g * xhat;
+        dweight[i] += d * xhat;
+        dbias[i] += d;
+      }
+      g_sum = warp_sum(g_sum);
+      gx_sum = warp_sum(gx_sum);
+      if (lane == 0) {
+        warp_sums[set][2 * r][warp] = g_sum;
+        warp_sums[set][2 * r + 1][warp] = gx_sum;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      const float g_mean = warp_sum(lane < warps ? warp_sums[set][2 * r][lane] : 0.0f) / float(C);
+      const float gx_mean = warp_sum(lane < warps ? warp_sums[set][2 * r + 1][lane] : 0.0f) / float(C);
+      const int64_t n = first + r;
+      if (active && n < end) {
+        store128(dx + n * C + c, rows[r].new_dx(old_dx[r], w, mean[r], rstd[r], g_mean, gx_mean));
+      }
+    }
+    set ^= 1;
+  }
+  if (!active) return;
+  store_vector(partials + (group * 2) * C + c, dweight);
+  store_vector(partials + (group * 2 + 1) * C + c, dbias);
+}
+
+// For long rows: dx, a block per row. The second pass finds dout and x in the L2 cache.
+template <typename X>
+__global__ void __launch_bounds__(kThreads)
+    layernorm_dx_kernel(X* dx, const X* dout, const X* x, const X* weight, const float* means, const float* rstds,
+                        int C) {
+  constexpr int W = Packed<X>::size;
+  const int64_t n = blockIdx.x;
+  const float mean = means[n], rstd = rstds[n];
+  float g_sum = 0, gx_sum = 0;
+  for (int c = threadIdx.x * W; c < C; c += kThreads * W) {
+    const Elements<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
+    float w[W];
+    load_vector(w, weight + c);
+    for (int i = 0; i < W; i++) {
+      const float g = to_float(row.dout[i]) * w[i];
+      g_sum += g;
+      gx_sum += g * row.xhat(i, mean, rstd);
+    }
+  }
+  const float g_mean = block_sum(g_sum) / float(C);
+  const float gx_mean = block_sum(gx_sum) / float(C);
+  for (int c = threadIdx.x * W; c < C; c += kThreads * W) {
+    const Elements<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
+    float w[W];
+    load_vector(w, weight + c);
+    store128(dx + n * C + c, row.new_dx(load128(dx + n * C + c), w, mean, rstd, g_mean, gx_mean));
+  }
+}
+
+// For long rows: the groups' shares of dweight and dbias, a thread per vector of columns and group blockIdx.y.
+template <typename X>
+__global__ void __launch_bounds__(kThreads)
+    layernorm_partials_kernel(float* partials, const X* dout, const X* x, const float* means, const float* rstds,
+                              int64_t N, int C) {
+  constexpr int W = Packed<X>::size;
+  const int64_t c = thread_index() * W;
+  if (c >= C) return;
+  const int64_t group = blockIdx.y, groups = gridDim.y;
+  const int64_t end = (group + 1) * N / groups;
+  float dweight[W] = {}, dbias[W] = {};
+#pragma unroll 4
+  for (int64_t n = group * N / groups; n < end; n++) {
+    const Elements<X> row = {load128_once(dout + n * C + c), load128_once(x + n * C + c)};
+    for (int i = 0; i < W; i++) {
+      dweight[i] += to_float(row.dout[i]) * row.xhat(i, means[n], rstds[n]);
+      dbias[i] += to_float(row.dout[i]);
+    }
+  }
+  store_vector(partials + (group * 2) * C + c, dweight);
+  store_vector(partials + (group * 2 + 1) * C + c, dbias);
+}
+
+template <typename X>
+void backward(X* dx, float* partials, const X* dout, const X* x, const X* weight, const float* mean, const float* rstd,
+              int64_t groups, int64_t N, int64_t C, cudaStream_t stream) {
+  const int64_t threads = round_up(C / Packed<X>::size, kWarp);
+  if (threads <= 256) {
+    launch(layernorm_backward_kernel<X, 256, 4>, unsigned(groups), unsigned(threads), 0, stream, dx, partials, dout, x,
+           weight, mean, rstd, N, int(C));
+  } else if (threads <= 1024) {
+    launch(layernorm_backward_kernel<X, 1024, 1>, unsigned(groups), unsigned(threads), 0, stream, dx, partials, dout, x,
+           weight, mean, rstd, N, int(C));
+  } else {
+    launch(layernorm_partials_kernel<X>, dim3(blocks_for(threads, kThreads), unsigned(groups)), kThreads, 0, stream,
+           partials, dout, x, mean, rstd, N, int(C));
+    launch(layernorm_dx_kernel<X>, unsigned(N), kThreads, 0, stream, dx, dout, x, weight, mean, rstd, int(C));
+  }
+}
+
+}  // namespace
+
+void CudaOps::layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor x, Tensor weight, Tensor bias) {
+  check_channels("layernorm_forward", x.last());
+  dispatch(x.dtype, [&](auto zero) {
+    using X = decltype(zero);
+    forward<X, false>(out.as<X>(), mean.as<float>(), rstd.as<float>(), nullptr, x.as<X>(), nullptr, weight.as<X>(),
+                      bias.as<X>(), x.rows(), x.last(), stream_);
+  });
+}
+
+void CudaOps::residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                         Tensor weight, Tensor bias) {
+  check_channels("residual_layernorm_forward", out.last());
+  dispatch(out.dtype, [&](auto zero) {
+    using X = decltype(zero);
+    forward<X, true>(out.as<X>(), mean.as<float>(), rstd.as<float>(), residual.as<X>(), a.as<X>(), b.as<X>(),
+                     weight.as<X>(), bias.as<X>(), out.rows(), out.last(), stream_);
+  });
+}
+
+void CudaOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,
+                                 Tensor mean, Tensor rstd) {
+  const int64_t N = x.rows(), C = x.last(), groups = workspace::groups(N, C);
+  check_channels("layernorm_backward", C);
+  float* partials = static_cast<float*>(scratch(workspace::layernorm_backward(N, C)));
+  dispatch(x.dtype, dweight.dtype, [&](auto zero, auto g) {
+    using X = decltype(zero);
+    using G = decltype(g);
+    backward(dx.as<X>(), partials, dout.as<X>(), x.as<X>(), weight.as<X>(), mean.as<float>(), rstd.as<float>(), groups, N,
+             C, stream_);
+    add_groups(dweight.as<G>(), partials, groups, 2 * C, C, stream_);
+    add_groups(dbias.as<G>(), partials + C, groups, 2 * C, C, stream_);
+  });
+}
+
+}  // namespace llmc::cuda
