@@ -4,14 +4,14 @@
 #   LLMC_CUDA          cache variable: AUTO builds the backend if all it needs is there, ON fails with one sentence if
 #                      something is missing, OFF never builds it
 #   LLMC_HAVE_CUDA     whether it is built
-#   CUDA_HEADERS       include folders of cudart, CCCL, NVTX, cuBLASLt and NCCL, to be used as SYSTEM ones. Found without
-#                      nvcc too; empty if a header is missing
+#   CUDA_HEADERS       include folders of cudart, CCCL, NVTX, cuBLASLt and NCCL, to be used as SYSTEM ones. Found
+#                      without nvcc too; empty if a header is missing
 #   CUDA_RPATHS        the folders of cuBLASLt and NCCL at run time
 #   add_cuda_backend(TARGET)  adds csrc/cuda to a library; without CUDA, the file that says so
 #
-# NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; their shared libraries have versioned names only.
-# cudart is linked statically, as cuBLASLt and NCCL do it themselves: it opens the driver, libcuda.so.1, when it is first
-# called, so that the extension can be loaded on a machine without one.
+# NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; their shared libraries have versioned names
+# only. cudart is linked statically, as cuBLASLt and NCCL do it themselves: it opens the driver, libcuda.so.1, when it is
+# first called, so that the extension can be loaded on a machine without one.
 set(LLMC_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
 set_property(CACHE LLMC_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT LLMC_CUDA MATCHES "^(AUTO|ON|OFF)$")
@@ -27,37 +27,40 @@ endif()
 
 set(CUDA_MISSING "")
 
-# --- the compiler -------------------------------------------------------------------------------------------------------
-unset(NVCC)
-if(DEFINED ENV{CUDACXX})
-  set(NVCC "$ENV{CUDACXX}")
-else()
-  find_program(NVCC nvcc NO_CACHE HINTS ${CUDA_WHEELS} ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
-               PATH_SUFFIXES cu13/bin bin)
+# --- the compiler -----------------------------------------------------------------------------------------------------
+# In the cache under CMake's own name, which it would not let us change later in a build folder.
+if(DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
+  set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}" CACHE FILEPATH "The CUDA compiler")
 endif()
+find_program(CMAKE_CUDA_COMPILER nvcc HINTS ${CUDA_WHEELS} ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
+             PATH_SUFFIXES cu13/bin bin)
 set(CUDA_TOOLKIT /usr/local/cuda)
-if(NVCC)
+if(CMAKE_CUDA_COMPILER)
   # An empty file tells whether it works with our C++ compiler, and (-v) where its own headers and libraries are.
   set(probe "${CMAKE_BINARY_DIR}/CMakeFiles/nvcc_probe")
   file(WRITE "${probe}.cu" "")
-  execute_process(COMMAND "${NVCC}" -v -arch=sm_80 -ccbin "${CMAKE_CXX_COMPILER}" -c "${probe}.cu" -o "${probe}.o"
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" -v -arch=sm_80 -ccbin "${CMAKE_CXX_COMPILER}" -c "${probe}.cu"
+                          -o "${probe}.o"
                   RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
-  execute_process(COMMAND "${NVCC}" --version OUTPUT_VARIABLE version ERROR_QUIET)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE version ERROR_QUIET)
   if(output MATCHES "TOP=([^\r\n]+)")
     get_filename_component(CUDA_TOOLKIT "${CMAKE_MATCH_1}" REALPATH)
   endif()
   string(REGEX MATCH "release ([0-9.]+)" version "${version}")
   if(NOT version MATCHES "release 13\\.")
-    list(APPEND CUDA_MISSING "nvcc of CUDA 13 (${NVCC} says '${version}')")
+    list(APPEND CUDA_MISSING "nvcc of CUDA 13 (${CMAKE_CUDA_COMPILER} says '${version}')")
   elseif(NOT status EQUAL 0)
     string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" reason "${output}")
-    list(APPEND CUDA_MISSING "an nvcc that works with ${CMAKE_CXX_COMPILER} (${NVCC}: ${reason})")
+    list(APPEND CUDA_MISSING "an nvcc that works with ${CMAKE_CXX_COMPILER} (${CMAKE_CUDA_COMPILER}: ${reason})")
   endif()
 else()
   list(APPEND CUDA_MISSING "nvcc")
 endif()
+if(CUDA_MISSING)
+  unset(CMAKE_CUDA_COMPILER CACHE)  # looked for again the next time
+endif()
 
-# --- headers and libraries: those of cudart must fit the compiler, for the others the wheels come first, as for torch -----
+# --- headers and libraries: those of cudart must fit the compiler, for the others the wheels come first, as for torch ---
 set(CUDA_HEADERS "")
 macro(find_cuda_header header) # the folders to look in follow
   unset(folder)
@@ -93,14 +96,14 @@ find_cuda_library(CUDART_STATIC libcudart_static.a ${CUDA_TOOLKIT} ${CUDA_WHEELS
 find_cuda_library(CUBLASLT libcublasLt.so.13 ${CUDA_WHEELS} ${CUDA_TOOLKIT})
 find_cuda_library(NCCL libnccl.so.2 ${CUDA_WHEELS} ${CUDA_TOOLKIT})
 
-# --- the decision -------------------------------------------------------------------------------------------------------
+# --- the decision -----------------------------------------------------------------------------------------------------
 list(JOIN CUDA_MISSING ", " missing)
 set(LLMC_HAVE_CUDA OFF)
 if(LLMC_CUDA STREQUAL "OFF")
   message(STATUS "CUDA backend: no, LLMC_CUDA=OFF")
 elseif(NOT CUDA_MISSING)
   set(LLMC_HAVE_CUDA ON)
-  message(STATUS "CUDA backend: yes, ${NVCC} (${version}), ${CUBLASLT}, ${NCCL}")
+  message(STATUS "CUDA backend: yes, ${CMAKE_CUDA_COMPILER} (${version}), ${CUBLASLT}, ${NCCL}")
 elseif(LLMC_CUDA STREQUAL "AUTO")
   message(STATUS "CUDA backend: no, missing: ${missing}")
 else()
@@ -122,12 +125,11 @@ if(LLMC_HAVE_CUDA)
   endforeach()
   list(REMOVE_DUPLICATES CUDA_RPATHS)
 
-  set(CMAKE_CUDA_COMPILER "${NVCC}")
   set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
   # Ampere, Hopper and Blackwell, and through the last one's PTX what comes after it.
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
   get_filename_component(folder ${CUDART_STATIC} DIRECTORY)
-  string(APPEND CMAKE_CUDA_FLAGS_INIT " -L${folder}")  # the nvcc of the wheels looks in lib64, which they do not have
+  set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${folder}")  # the nvcc of the wheels looks in lib64, which they do not have
   enable_language(CUDA)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 endif()

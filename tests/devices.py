@@ -4,26 +4,20 @@ A test gives CPU tensors to `ops`, which moves them to the device of the running
 """
 
 import ctypes
-import importlib.util
-import os
 import platform
 import re
 import sys
-import sysconfig
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from run_in_simulator import SIMULATOR, load_core
 
 from llmc import _C
 
-ROOT = Path(__file__).parent.parent
-SIMULATOR = Path(os.environ.get("LLMC_CUDASIM", ROOT / "build" / "cudasim"))
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 SMALL, LARGE = 99 * 1024, 227 * 1024  # shared memory of a block: consumer chips, Hopper
 
@@ -34,19 +28,10 @@ class Simulator:
     Its device tensors are CPU tensors over the simulator's memory.
     """
 
-    def __init__(self, folder: Path, variant: str) -> None:
-        self.library = ctypes.CDLL(str(folder / "libcudasim.so"), mode=ctypes.RTLD_GLOBAL)
+    def __init__(self, variant: str) -> None:
+        self.core, self.library = load_core(variant, "llmc_cudasim._C")
         self.library.cudasim_report.restype = ctypes.c_char_p
         self.library.cudasim_launch_count.restype = ctypes.c_ulonglong
-        self.core = self.load_core(folder / variant)
-
-    def load_core(self, folder: Path) -> ModuleType:
-        path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        spec = importlib.util.spec_from_file_location("llmc_cudasim._C", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         host = tensor.detach().contiguous()
@@ -113,7 +98,7 @@ def simulator(variant: str = "checked") -> Simulator:
         pytest.skip("the CUDA simulator needs Linux on x86-64")
     if not (SIMULATOR / variant).exists():
         pytest.skip(f"there is no CUDA simulator in {SIMULATOR}: scripts/test.sh builds it")
-    return Simulator(SIMULATOR, variant)
+    return Simulator(variant)
 
 
 def gpu() -> RealGPU:

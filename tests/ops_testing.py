@@ -69,3 +69,12 @@ def round_stochastically(x: torch.Tensor, column: torch.Tensor, row: torch.Tenso
     up = (bits & 0xFFFF) > (p & 0xFFFF)
     high = (bits >> 16) + up.long()  # away from zero, or truncation
     return high.to(torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x.double(), approximate="tanh")
+
+
+def gelu_grad(x: torch.Tensor) -> torch.Tensor:
+    x = x.double().requires_grad_()
+    return torch.autograd.grad(torch.nn.functional.gelu(x, approximate="tanh").sum(), x)[0]

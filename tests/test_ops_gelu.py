@@ -5,20 +5,11 @@ import math
 import pytest
 import torch
 from devices import ops
-from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, assert_within, normal
+from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, assert_within, gelu, gelu_grad, normal
 
 pytestmark = pytest.mark.usefixtures("device")
 
 SIZES = [1, 7, 8, 33, 1000, 16385, 100003]  # below and above the size from which threads work
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.gelu(x.double(), approximate="tanh")
-
-
-def gelu_grad(x: torch.Tensor) -> torch.Tensor:
-    x = x.double().requires_grad_()
-    return torch.autograd.grad(torch.nn.functional.gelu(x, approximate="tanh").sum(), x)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

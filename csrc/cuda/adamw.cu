@@ -50,68 +50,67 @@ __device__ const Slice& find(const Table& table) {
   return table.slices[i];
 }
 
-// The elements of this thread in the slice.
-__device__ Span<W> span_of(const Slice& slice) {
-  return {int64_t(blockIdx.x - slice.first_block) * kThreads + threadIdx.x, slice.n, slice.aligned};
+// work(i, count) for the elements of this thread in the slice, as in for_elements.
+template <typename F>
+__device__ void for_slice_elements(const Slice& slice, F work) {
+  const int64_t thread = int64_t(blockIdx.x - slice.first_block) * kThreads + threadIdx.x;
+  for_elements<W>(thread, slice.n, slice.aligned, work);
 }
 
-// param = w, rounded stochastically to bf16.
-__device__ void store_rounded(float* param, const float (&w)[W], const Span<W>& span, const Slice&) {
-  span.store(param, w);
+// param[i..] = w, rounded stochastically to bf16.
+template <int N>
+__device__ void store_rounded(float* param, float (&w)[N], int64_t i, const Slice&) {
+  store_elements(param + i, w);
 }
-__device__ void store_rounded(bf16* param, const float (&w)[W], const Span<W>& span, const Slice& slice) {
-  float rounded[W];
-  for (int i = 0; i < W; i++) {
-    const uint32_t index = slice.first + uint32_t(span.begin()) + uint32_t(i);
+template <int N>
+__device__ void store_rounded(bf16* param, float (&w)[N], int64_t i, const Slice& slice) {
+  for (int k = 0; k < N; k++) {
+    const uint32_t index = slice.first + uint32_t(i) + uint32_t(k);
     const uint32_t noise = noise_2d(index % 512, index / 512 * 512 + slice.layer, slice.seed);
-    rounded[i] = to_float(stochastic_round(w[i], noise));
+    w[k] = to_float(stochastic_round(w[k], noise));
   }
-  span.store(param, rounded);
+  store_elements(param + i, w);
 }
 
 template <typename X, typename G>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(const __grid_constant__ Table table, const Step step, const float* grad_scale) {
   const Slice& slice = find(table);
-  const Span<W> span = span_of(slice);
-  X* param = static_cast<X*>(slice.param);
-  float g[W], m[W], v[W], w[W];
-  span.load(g, static_cast<const G*>(slice.grad));
-  span.load(m, slice.m);
-  span.load(v, slice.v);
-  if (slice.master) {
-    span.load(w, slice.master);
-  } else {
-    span.load(w, param);
-  }
   const float scale = *grad_scale;
-  for (int i = 0; i < W; i++) {
-    const float gradient = scale * g[i];
-    m[i] = fmaf(step.beta1, m[i], fmaf(-step.beta1, gradient, gradient));
-    const float square = gradient * gradient;
-    v[i] = fmaf(step.beta2, v[i], fmaf(-step.beta2, square, square));
-    const float direction = m[i] * step.correction1 / (sqrtf(v[i] * step.correction2) + step.eps);
-    w[i] -= step.lr * (direction + slice.weight_decay * w[i]);
-  }
-  span.store(slice.m, m);
-  span.store(slice.v, v);
-  if (slice.master) span.store(slice.master, w);
-  store_rounded(param, w, span, slice);
+  for_slice_elements(slice, [&](int64_t i, auto count) {
+    X* param = static_cast<X*>(slice.param);
+    float g[count], m[count], v[count], w[count];
+    load_elements(g, static_cast<const G*>(slice.grad) + i);
+    load_elements(m, slice.m + i);
+    load_elements(v, slice.v + i);
+    if (slice.master) {
+      load_elements(w, slice.master + i);
+    } else {
+      load_elements(w, param + i);
+    }
+    for (int k = 0; k < count; k++) {
+      const float gradient = scale * g[k];
+      const float square = gradient * gradient;
+      m[k] = fmaf(step.beta1, m[k], fmaf(-step.beta1, gradient, gradient));
+      v[k] = fmaf(step.beta2, v[k], fmaf(-step.beta2, square, square));
+      const float direction = m[k] * step.correction1 / (sqrtf(v[k] * step.correction2) + step.eps);
+      w[k] -= step.lr * (direction + slice.weight_decay * w[k]);
+    }
+    store_elements(slice.m + i, m);
+    store_elements(slice.v + i, v);
+    if (slice.master) store_elements(slice.master + i, w);
+    store_rounded(param, w, i, slice);
+  });
 }
 
 template <typename X>
 __global__ void __launch_bounds__(kThreads) round_parameters_kernel(const __grid_constant__ Table table) {
   const Slice& slice = find(table);
-  const Span<W> span = span_of(slice);
-  float w[W];
-  span.load(w, slice.master);
-  store_rounded(static_cast<X*>(slice.param), w, span, slice);
-}
-
-template <typename X, typename G>
-bool all_aligned(const AdamWSlice& slice) {  // absent tensors are null pointers, which are aligned
-  return is_aligned<W>(slice.param.as<X>()) && is_aligned<W>(slice.grad.as<G>()) && is_aligned<W>(slice.m.as<float>()) &&
-         is_aligned<W>(slice.v.as<float>()) && is_aligned<W>(slice.master.as<float>());
+  for_slice_elements(slice, [&](int64_t i, auto count) {
+    float w[count];
+    load_elements(w, slice.master + i);
+    store_rounded(static_cast<X*>(slice.param), w, i, slice);
+  });
 }
 
 // Calls launch_blocks(table, blocks) for the slices, as many at a time as a table can hold.
@@ -134,7 +133,8 @@ void for_each_table(const AdamWSlice* slices, int64_t count, F launch_blocks) {
                          uint32_t(slice.layer),
                          uint32_t(slice.first),
                          blocks,
-                         all_aligned<X, G>(slice)};
+                         are_aligned<W>(slice.param.as<X>(), slice.grad.as<G>(), slice.m.as<float>(),
+                                        slice.v.as<float>(), slice.master.as<float>())};  // null is aligned
       blocks += blocks_for(slice.param.numel(), kThreads * W);
     }
     launch_blocks(table, blocks);

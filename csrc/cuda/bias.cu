@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
     const Packed<X> x = load128(dout + n * OC + column);
     for (int i = 0; i < W; i++) sum[i] += to_float(x[i]);
   }
-  store_vector(partials + group * OC + column, sum);
+  store_elements(partials + group * OC + column, sum);
 }
 
 }  // namespace
@@ -43,7 +43,7 @@ void CudaOps::bias_backward(Tensor dbias, Tensor dout) {
     using G = decltype(g);
     launch(bias_partials_kernel<X>, blocks_for(groups * OC / Packed<X>::size, kThreads), kThreads, 0, stream_, partials,
            dout.as<X>(), int(groups), N, int(OC));
-    add_groups(dbias.as<G>(), partials, groups, OC, OC, stream_);
+    add_groups<G>({dbias.as<G>()}, partials, groups, OC, stream_);
   });
 }
 

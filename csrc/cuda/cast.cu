@@ -11,22 +11,22 @@ constexpr int kThreads = 256;
 
 template <typename Out, typename In>
 __global__ void __launch_bounds__(kThreads) cast_kernel(Out* out, const In* x, int64_t n, bool aligned) {
-  constexpr int W = kWidth<Out, In>;
-  const Span<W> span(thread_index(), n, aligned);
-  float values[W];
-  span.load(values, x);
-  span.store(out, values);
+  for_elements<kWidth<Out, In>>(thread_index(), n, aligned, [=](int64_t i, auto count) {
+    float values[count];
+    load_elements(values, x + i);
+    store_elements(out + i, values);
+  });
 }
 
 template <typename Out, typename In>
 __global__ void __launch_bounds__(kThreads) accumulate_kernel(Out* out, const In* x, int64_t n, bool aligned) {
-  constexpr int W = kWidth<Out, In>;
-  const Span<W> span(thread_index(), n, aligned);
-  float sums[W], values[W];
-  span.load(values, x);
-  span.load(sums, out);
-  for (int i = 0; i < W; i++) sums[i] += values[i];
-  span.store(out, sums);
+  for_elements<kWidth<Out, In>>(thread_index(), n, aligned, [=](int64_t i, auto count) {
+    float sums[count], values[count];
+    load_elements(sums, out + i);
+    load_elements(values, x + i);
+    for (int k = 0; k < count; k++) sums[k] += values[k];
+    store_elements(out + i, sums);
+  });
 }
 
 }  // namespace
@@ -37,9 +37,8 @@ void CudaOps::cast(Tensor out, Tensor x) {
     using In = decltype(b);
     constexpr int W = kWidth<Out, In>;
     const int64_t n = x.numel();
-    const bool aligned = is_aligned<W>(out.as<Out>()) && is_aligned<W>(x.as<In>());
     launch(cast_kernel<Out, In>, blocks_for(n, kThreads * W), kThreads, 0, stream_, out.as<Out>(), x.as<In>(), n,
-           aligned);
+           are_aligned<W>(out.as<Out>(), x.as<In>()));
   });
 }
 
@@ -49,9 +48,8 @@ void CudaOps::accumulate(Tensor out, Tensor x) {
     using In = decltype(b);
     constexpr int W = kWidth<Out, In>;
     const int64_t n = x.numel();
-    const bool aligned = is_aligned<W>(out.as<Out>()) && is_aligned<W>(x.as<In>());
     launch(accumulate_kernel<Out, In>, blocks_for(n, kThreads * W), kThreads, 0, stream_, out.as<Out>(), x.as<In>(), n,
-           aligned);
+           are_aligned<W>(out.as<Out>(), x.as<In>()));
   });
 }
 

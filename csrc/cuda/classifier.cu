@@ -41,17 +41,26 @@ struct Softmax {
 
   template <int N>
   __device__ void add(const float (&x)[N]) {
-    float largest = x[0];
-    for (int i = 1; i < N; i++) largest = fmaxf(largest, x[i]);
-    if (largest > max) {
-      sum *= fast_exp(max - largest);
-      max = largest;
-    }
+    float largest = max;
+    for (int i = 0; i < N; i++) largest = fmaxf(largest, x[i]);
+    sum *= fast_exp(max - largest);
+    max = largest;
     for (int i = 0; i < N; i++) sum += fast_exp(x[i] - max);
   }
 };
 
-// vectors: how many columns, a multiple of the vector's size, are accessed by vectors.
+// Calls use(p, vector) for the count vectors at p, p + step, ... The load of the next one is in flight meanwhile.
+template <typename X, typename F>
+__device__ void for_each_vector(X* p, int step, int count, F use) {
+  Packed<X> next = count > 0 ? load128(p) : Packed<X>::zeros();
+  for (; count > 0; count--, p += step) {
+    const Packed<X> vector = next;
+    if (count > 1) next = load128(p + step);
+    use(p, vector);
+  }
+}
+
+// vectors: how many of the V columns are accessed by vectors, a multiple of their size.
 template <typename X>
 __global__ void __launch_bounds__(kMaxThreads)
     fused_classifier_kernel(X* logits, float* losses, const int32_t* targets, int V, int Vp, int vectors, float dloss,
@@ -61,15 +70,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   X* row = logits + n * Vp;
   const int target = targets[n];
   const int thread = threadIdx.x, threads = blockDim.x;
+  const int own_vectors = (vectors / W + threads - 1 - thread) / threads;  // this thread's share
 
   Softmax softmax;
-#pragma unroll 2
-  for (int c = thread * W; c < vectors; c += threads * W) {
-    const Packed<X> pack = load128(row + c);
+  for_each_vector(row + thread * W, threads * W, own_vectors, [&](X*, const Packed<X>& vector) {
     float x[W];
-    for (int i = 0; i < W; i++) x[i] = to_float(pack[i]);
+    for (int i = 0; i < W; i++) x[i] = to_float(vector[i]);
     softmax.add(x);
-  }
+  });
   for (int c = vectors + thread; c < V; c += threads) {
     const float x[1] = {to_float(row[c])};
     softmax.add(x);
@@ -86,13 +94,13 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float gradient = c < V ? fast_exp(to_float(row[c]) - max) * scale : 0.0f;
     row[c] = from_float<X>(c == target ? target_gradient : gradient);
   }
-#pragma unroll 2
-  for (int c = vectors - (thread + 1) * W; c >= 0; c -= threads * W) {
-    Packed<X> pack = load128_once(row + c);
-    for (int i = 0; i < W; i++) pack[i] = from_float<X>(fast_exp(to_float(pack[i]) - max) * scale);
-    store128(row + c, pack);
-    if (target >= c && target < c + W) row[target] = from_float<X>(target_gradient);
-  }
+  X* last = row + vectors - (thread + 1) * W;
+  for_each_vector(last, -threads * W, own_vectors, [&](X* p, const Packed<X>& vector) {
+    Packed<X> gradient;
+    for (int i = 0; i < W; i++) gradient[i] = from_float<X>(fast_exp(to_float(vector[i]) - max) * scale);
+    store128(p, gradient);
+    if (row + target >= p && row + target < p + W) row[target] = from_float<X>(target_gradient);
+  });
 }
 
 }  // namespace

@@ -14,36 +14,45 @@ namespace llmc::cuda {
 constexpr int kSumColumns = 32;  // of a block
 constexpr int kSumLanes = 32;    // threads that share a column: lane l adds the groups l, l + kSumLanes, ...
 
-// out[c] += Σ_group partials[group·stride + c] for c < columns. A thread takes four columns by 128-bit loads; the eight
-// threads of a lane take a whole cache line.
+// Where the sums of a group of columns go.
+template <typename G>
+struct ColumnSums {
+  G* first;             // (C)
+  G* second = nullptr;  // (C), or absent
+};
+
+// first[c] += Σ_group partials[group, 0, c], second[c] += Σ_group partials[group, 1, c]. Block (x,y) has some columns of the
+// y-th output. A thread takes four columns by 128-bit loads; the eight threads of a lane take a whole cache line.
 template <typename G>
 __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
-    add_groups_kernel(G* out, const float* partials, int groups, int64_t stride, int64_t columns) {
+    add_groups_kernel(ColumnSums<G> out, const float* partials, int groups, int64_t C) {
   __shared__ Packed<float> sums[kSumLanes][kSumColumns / 4];
   const int quad = threadIdx.x % (kSumColumns / 4), lane = threadIdx.x / (kSumColumns / 4);
-  const int64_t first = int64_t(blockIdx.x) * kSumColumns;
+  const int64_t begin = int64_t(blockIdx.x) * kSumColumns, stride = gridDim.y * C;
   Packed<float> sum = Packed<float>::zeros();
-  if (first + quad * 4 < columns) {
-#pragma unroll 4
+  if (begin + quad * 4 < C) {
+    const float* p = partials + blockIdx.y * C + begin + quad * 4;
+#pragma unroll 8
     for (int group = lane; group < groups; group += kSumLanes) {
-      const Packed<float> x = load128_once(partials + group * stride + first + quad * 4);
+      const Packed<float> x = load128_once(p + group * stride);
       for (int i = 0; i < 4; i++) sum[i] += x[i];
     }
   }
   store128(sums[lane][quad].values, sum);
   __syncthreads();
   const int column = threadIdx.x;
-  if (column >= kSumColumns || first + column >= columns) return;
+  if (column >= kSumColumns || begin + column >= C) return;
   float total = 0;
   for (int l = 0; l < kSumLanes; l++) total += sums[l][column / 4][column % 4];
-  out[first + column] = from_float<G>(to_float(out[first + column]) + total);
+  G* p = (blockIdx.y == 0 ? out.first : out.second) + begin + column;
+  *p = from_float<G>(to_float(*p) + total);
 }
 
-// columns and stride are multiples of 4, partials is aligned to 16 bytes.
+// partials f32 (groups, number of outputs, C), C a multiple of 4.
 template <typename G>
-void add_groups(G* out, const float* partials, int64_t groups, int64_t stride, int64_t columns, cudaStream_t stream) {
-  launch(add_groups_kernel<G>, blocks_for(columns, kSumColumns), kSumColumns / 4 * kSumLanes, 0, stream, out, partials,
-         int(groups), stride, columns);
+void add_groups(const ColumnSums<G>& out, const float* partials, int64_t groups, int64_t C, cudaStream_t stream) {
+  launch(add_groups_kernel<G>, dim3(blocks_for(C, kSumColumns), out.second ? 2 : 1), kSumColumns / 4 * kSumLanes, 0,
+         stream, out, partials, int(groups), C);
 }
 
 }  // namespace llmc::cuda

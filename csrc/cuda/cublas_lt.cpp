@@ -116,7 +116,8 @@ void CublasLt::make(Plan& plan, const Kind& kind) {
   int found = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.a, plan.b, plan.d, plan.d,
                                                                guard.preference, 1, &plan.algorithm, &found);
-  if (status != CUBLAS_STATUS_NOT_SUPPORTED) LLMC_CUBLAS_CHECK(status);
+  LLMC_CHECK(status == CUBLAS_STATUS_SUCCESS || status == CUBLAS_STATUS_NOT_SUPPORTED,
+             "cuBLASLt: the search of an algorithm failed: %s", cublasLtGetStatusString(status));
   plan.available = status == CUBLAS_STATUS_SUCCESS && found > 0;
 }
 
@@ -137,6 +138,9 @@ bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t wo
   kind.alignment_d = alignment_of(product.d);
   kind.alignment_pre = product.pre ? alignment_of(product.pre) : 0;
   kind.workspace_bytes = workspace_bytes;
+
+  // What the epilogue's auxiliary matrix must be.
+  if (product.pre && (kind.M % 8 != 0 || kind.alignment_pre < 16)) return false;
 
   const auto [entry, is_new] = plans_.try_emplace(kind);
   Plan& plan = entry->second;

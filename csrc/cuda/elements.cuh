@@ -18,15 +18,17 @@ namespace llmc::cuda {
 template <typename... Ts>
 constexpr int kWidth = std::min({Packed<Ts>::size...});
 
-// x = p[0..N-1]. p must be aligned to the N elements, 16 bytes at most.
+// x = p[0..N-1]; p must be aligned to N elements or 16 bytes, whichever is less. N elements are 1, 8 bytes or 16·k bytes.
 template <int N, typename T>
-__device__ inline void load_vector(float (&x)[N], const T* p) {
-  if constexpr (N < Packed<T>::size) {
-    static_assert(N * sizeof(T) == 8);
+__device__ inline void load_elements(float (&x)[N], const T* p) {
+  if constexpr (N == 1) {
+    x[0] = to_float(*p);
+  } else if constexpr (N < Packed<T>::size) {
+    static_assert(N * sizeof(T) == sizeof(int2));
     const int2 bits = *reinterpret_cast<const int2*>(p);
-    T half[N];
-    memcpy(half, &bits, sizeof bits);
-    for (int i = 0; i < N; i++) x[i] = to_float(half[i]);
+    T elements[N];
+    memcpy(elements, &bits, sizeof bits);
+    for (int i = 0; i < N; i++) x[i] = to_float(elements[i]);
   } else {
     for (int first = 0; first < N; first += Packed<T>::size) {
       const Packed<T> pack = load128(p + first);
@@ -35,15 +37,17 @@ __device__ inline void load_vector(float (&x)[N], const T* p) {
   }
 }
 
-// p[0..N-1] = x, rounded to nearest. p as above.
+// p[0..N-1] = x, rounded to nearest. N and p as above.
 template <int N, typename T>
-__device__ inline void store_vector(T* p, const float (&x)[N]) {
-  if constexpr (N < Packed<T>::size) {
-    static_assert(N * sizeof(T) == 8);
-    T half[N];
-    for (int i = 0; i < N; i++) half[i] = from_float<T>(x[i]);
+__device__ inline void store_elements(T* p, const float (&x)[N]) {
+  if constexpr (N == 1) {
+    *p = from_float<T>(x[0]);
+  } else if constexpr (N < Packed<T>::size) {
+    static_assert(N * sizeof(T) == sizeof(int2));
+    T elements[N];
+    for (int i = 0; i < N; i++) elements[i] = from_float<T>(x[i]);
     int2 bits;
-    memcpy(&bits, half, sizeof bits);
+    memcpy(&bits, elements, sizeof bits);
     *reinterpret_cast<int2*>(p) = bits;
   } else {
     for (int first = 0; first < N; first += Packed<T>::size) {
@@ -54,50 +58,33 @@ __device__ inline void store_vector(T* p, const float (&x)[N]) {
   }
 }
 
-// For the host: whether load_vector<N> and store_vector<N> may be used from p on.
-template <int N, typename T>
-inline bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % std::min(N * sizeof(T), size_t(16)) == 0;
+// Whether N elements at a time can be accessed from all these addresses on.
+template <int N, typename... Ts>
+bool are_aligned(const Ts*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % std::min(N * sizeof(Ts), size_t(16)) == 0) && ...);
 }
-
-// The share of one thread in an elementwise kernel over n elements: N of them, fewer at the end, none beyond it.
-template <int N>
-class Span {
- public:
-  // thread: index in the whole launch; aligned: all tensors are (is_aligned).
-  __device__ Span(int64_t thread, int64_t n, bool aligned)
-      : begin_(thread * N), count_(int(max(0, min(n - begin_, N)))), vector_(aligned && count_ == N) {}
-
-  __device__ int64_t begin() const { return begin_; }
-
-  // Values beyond the end are 0.
-  template <typename T>
-  __device__ void load(float (&x)[N], const T* tensor) const {
-    if (vector_) {
-      load_vector(x, tensor + begin_);
-    } else {
-      for (int i = 0; i < N; i++) x[i] = i < count_ ? to_float(tensor[begin_ + i]) : 0.0f;
-    }
-  }
-
-  template <typename T>
-  __device__ void store(T* tensor, const float (&x)[N]) const {
-    if (vector_) {
-      store_vector(tensor + begin_, x);
-    } else {
-      for (int i = 0; i < N; i++) {
-        if (i < count_) tensor[begin_ + i] = from_float<T>(x[i]);
-      }
-    }
-  }
-
- private:
-  int64_t begin_;
-  int count_;
-  bool vector_;
-};
 
 // Index of this thread in a launch of one-dimensional blocks.
 __device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+// N as a type: a constant expression wherever it is passed. (std::integral_constant is for the host.)
+template <int N>
+struct Count {
+  LLMC_INLINE constexpr operator int() const { return N; }
+};
+
+// The share of one thread, its number given, in an elementwise kernel over n elements: N of them, fewer at the end.
+// Calls work(i, count) for elements i to i + count - 1: once with Count<N> if the tensors are aligned, else with Count<1>
+// for one after the other.
+template <int N, typename F>
+__device__ inline void for_elements(int64_t thread, int64_t n, bool aligned, F work) {
+  const int64_t begin = thread * N;
+  if (aligned && begin + N <= n) {
+    work(begin, Count<N>());
+  } else {
+#pragma unroll 1
+    for (int64_t i = begin; i < min(begin + N, n); i++) work(i, Count<1>());
+  }
+}
 
 }  // namespace llmc::cuda

@@ -23,7 +23,7 @@ template <typename X>
 constexpr int kColumns = kWarp * Packed<X>::size;  // of a warp
 
 template <typename X>
-__global__ void __launch_bounds__(kForwardWarps * kWarp)
+__global__ void __launch_bounds__(kForwardWarps* kWarp)
     embedding_forward_kernel(X* out, const int32_t* tokens, const X* wte, const X* wpe, int64_t N, int T, int C) {
   constexpr int W = Packed<X>::size;
   const int lane = threadIdx.x % kWarp;
@@ -39,36 +39,29 @@ __global__ void __launch_bounds__(kForwardWarps * kWarp)
   }
 }
 
-// Some of the rows of a sum, 32 at most: lane i holds the position of row i.
-struct Chunk {
-  int position;
-  int count;
-};
-
-// The chunk that starts at order[begin], as far as its positions hold the token.
-__device__ Chunk find_chunk(const int32_t* tokens, const int32_t* order, int64_t begin, int64_t N, int token) {
-  const int64_t i = begin + threadIdx.x % kWarp;
-  const int position = i < N ? order[i] : 0;
-  const bool same = i < N && tokens[position] == token;
-  return {position, __popc(__ballot_sync(kFullMask, same))};  // order is sorted: the positions come first
-}
-
-// sum += the chunk's rows of dout, one after the other, in the columns from `column` on. All lanes must call.
-template <typename X, int W>
-__device__ void add_rows(float (&sum)[W], const X* dout, const Chunk& chunk, int column, int C) {
-  for (int first = 0; first < chunk.count; first += kBatch) {
+// sum += row position(i) of dout for i = 0..count-1, one after the other, in the columns from `column` on.
+template <typename X, int W, typename Position>
+__device__ void add_rows(float (&sum)[W], const X* dout, int count, Position position, int column, int C) {
+  if (column >= C) return;
+  for (int first = 0; first < count; first += kBatch) {
     Packed<X> rows[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      const int64_t position = __shfl_sync(kFullMask, chunk.position, first + i);
-      const bool valid = first + i < chunk.count && column < C;
-      rows[i] = valid ? load128(dout + position * C + column) : Packed<X>::zeros();
+      const bool valid = first + i < count;
+      rows[i] = valid ? load128(dout + int64_t(position(first + i)) * C + column) : Packed<X>::zeros();
     }
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
       for (int k = 0; k < W; k++) sum[k] += to_float(rows[i][k]);
     }
   }
+}
+
+// How many of the positions order[begin..begin+31] hold the token, if it is the one at order[begin] or before. All lanes
+// must call.
+__device__ int count_token(const int32_t* tokens, const int32_t* order, int64_t begin, int64_t N, int token) {
+  const int64_t i = begin + threadIdx.x % kWarp;
+  return __popc(__ballot_sync(kFullMask, i < N && tokens[order[i]] == token));
 }
 
 // x, rounded stochastically if G is bf16, for row and column of a gradient.
@@ -87,50 +80,46 @@ __device__ void add_once(G* gradient, const float (&sum)[W], int64_t row, int co
   if (column >= C) return;
   G* p = gradient + row * C + column;
   float x[W];
-  load_vector(x, p);
+  load_elements(x, p);
   for (int i = 0; i < W; i++) x[i] = rounded<G>(x[i] + sum[i], column + i, row, seed);
-  store_vector(p, x);
+  store_elements(p, x);
 }
 
 // Warp w of block (x,y) looks whether a token's positions start at order[x·kWarps + w].
 template <typename G, typename X>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     dwte_kernel(G* dwte, const X* dout, const int32_t* tokens, const int32_t* order, int64_t N, int C, uint32_t seed) {
   constexpr int W = Packed<X>::size;
-  __shared__ int64_t shared_start;                 // where a token's positions start that the block shares, or -1
-  __shared__ float sums[kWarps][kColumns<X>];      // of its rows
+  __shared__ int64_t shared_start;  // where the positions start of a token that the block shares, or -1
+  alignas(16) __shared__ float sums[kWarps][kColumns<X>];  // of that token, by each warp
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_column = blockIdx.y * kColumns<X>, column = first_column + lane * W;
   const int64_t start = int64_t(blockIdx.x) * kWarps + warp;
   if (threadIdx.x == 0) shared_start = -1;
   __syncthreads();
 
-  if (start < N) {
-    const int token = tokens[order[start]];
-    if (start == 0 || tokens[order[start - 1]] != token) {
-      const Chunk chunk = find_chunk(tokens, order, start, N, token);
-      if (chunk.count < kWarp) {
-        float sum[W] = {};
-        add_rows(sum, dout, chunk, column, C);
-        add_once(dwte, sum, token, column, C, seed);
-      } else if (lane == 0) {
-        shared_start = start;  // no other warp finds one: fewer than 32 positions from here on the next block begins
-      }
-    }
+  const int own_token = start < N ? tokens[order[start]] : -1;
+  const bool starts = start < N && (start == 0 || tokens[order[start - 1]] != own_token);
+  const int count = count_token(tokens, order, start, N, own_token);
+  if (starts && count < kWarp) {
+    float sum[W] = {};
+    add_rows(sum, dout, count, [=](int i) { return order[start + i]; }, column, C);
+    add_once(dwte, sum, own_token, column, C, seed);
+  } else if (starts && lane == 0) {
+    shared_start = start;  // no other warp comes here: its token would start 32 positions further at least
   }
   __syncthreads();
   if (shared_start < 0) return;
 
   const int token = tokens[order[shared_start]];
   float sum[W] = {};
-  Chunk chunk;
   int64_t begin = shared_start + warp * kWarp;
-  do {
-    chunk = find_chunk(tokens, order, begin, N, token);
-    add_rows(sum, dout, chunk, column, C);
-    begin += kWarps * kWarp;
-  } while (chunk.count == kWarp);
-  for (int i = 0; i < W; i += 4) store_vector(&sums[warp][lane * W + i], {sum[i], sum[i + 1], sum[i + 2], sum[i + 3]});
+  for (bool more = true; more; begin += kWarps * kWarp) {
+    const int rows = count_token(tokens, order, begin, N, token);
+    add_rows(sum, dout, rows, [=](int i) { return order[begin + i]; }, column, C);
+    more = rows == kWarp;
+  }
+  store_elements(&sums[warp][lane * W], sum);
   __syncthreads();
 
   const int own = threadIdx.x;
@@ -150,10 +139,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const int t = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (t >= T) return;
   float sum[W] = {};
-  for (int b = 0; b < B; b += kWarp) {
-    const Chunk chunk = {(b + lane) * T + t, int(min(B - b, kWarp))};
-    add_rows(sum, dout, chunk, column, C);
-  }
+  add_rows(sum, dout, B, [=](int b) { return b * T + t; }, column, C);
   add_once(dwpe, sum, t, column, C, seed);
 }
 

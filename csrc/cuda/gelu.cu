@@ -52,24 +52,24 @@ __device__ float gelu_grad(float x) {
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kThreads) gelu_forward_kernel(X* out, const X* x, int64_t n, bool aligned) {
-  constexpr int W = kWidth<X>;
-  const Span<W> span(thread_index(), n, aligned);
-  float values[W];
-  span.load(values, x);
-  for (int i = 0; i < W; i++) values[i] = gelu<X>(values[i]);
-  span.store(out, values);
+__global__ void __launch_bounds__(kThreads) gelu_forward_kernel(X* out, const X* x, int64_t n) {
+  for_elements<kWidth<X>>(thread_index(), n, true, [=](int64_t i, auto count) {
+    float values[count];
+    load_elements(values, x + i);
+    for (float& value : values) value = gelu<X>(value);
+    store_elements(out + i, values);
+  });
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kThreads) gelu_backward_kernel(X* dx, const X* x, int64_t n, bool aligned) {
-  constexpr int W = kWidth<X>;
-  const Span<W> span(thread_index(), n, aligned);
-  float inputs[W], gradients[W];
-  span.load(inputs, x);
-  span.load(gradients, dx);
-  for (int i = 0; i < W; i++) gradients[i] *= gelu_grad<X>(inputs[i]);
-  span.store(dx, gradients);
+__global__ void __launch_bounds__(kThreads) gelu_backward_kernel(X* dx, const X* x, int64_t n) {
+  for_elements<kWidth<X>>(thread_index(), n, true, [=](int64_t i, auto count) {
+    float inputs[count], gradients[count];
+    load_elements(inputs, x + i);
+    load_elements(gradients, dx + i);
+    for (int k = 0; k < count; k++) gradients[k] *= gelu_grad<X>(inputs[k]);
+    store_elements(dx + i, gradients);
+  });
 }
 
 }  // namespace
@@ -77,22 +77,18 @@ __global__ void __launch_bounds__(kThreads) gelu_backward_kernel(X* dx, const X*
 void CudaOps::gelu_forward(Tensor out, Tensor x) {
   dispatch(x.dtype, [&](auto zero) {
     using X = decltype(zero);
-    constexpr int W = kWidth<X>;
     const int64_t n = x.numel();
-    const bool aligned = is_aligned<W>(out.as<X>()) && is_aligned<W>(x.as<X>());
-    launch(gelu_forward_kernel<X>, blocks_for(n, kThreads * W), kThreads, 0, stream_, out.as<X>(), x.as<X>(), n,
-           aligned);
+    launch(gelu_forward_kernel<X>, blocks_for(n, kThreads * kWidth<X>), kThreads, 0, stream_, out.as<X>(), x.as<X>(),
+           n);
   });
 }
 
 void CudaOps::gelu_backward(Tensor dx, Tensor x) {
   dispatch(x.dtype, [&](auto zero) {
     using X = decltype(zero);
-    constexpr int W = kWidth<X>;
     const int64_t n = x.numel();
-    const bool aligned = is_aligned<W>(dx.as<X>()) && is_aligned<W>(x.as<X>());
-    launch(gelu_backward_kernel<X>, blocks_for(n, kThreads * W), kThreads, 0, stream_, dx.as<X>(), x.as<X>(), n,
-           aligned);
+    launch(gelu_backward_kernel<X>, blocks_for(n, kThreads * kWidth<X>), kThreads, 0, stream_, dx.as<X>(), x.as<X>(),
+           n);
   });
 }
 

@@ -23,9 +23,9 @@ namespace llmc::cuda {
 namespace {
 
 constexpr float kEps = 1e-5f;
-constexpr int kThreads = 256;                  // of a block, unless something else is said
-constexpr int64_t kWarpRowBytes = 4 << 10;     // longest row of a warp: eight 128-bit loads for each lane
-constexpr int64_t kSharedRowBytes = 48 << 10;  // longest row that is kept: what a block may have without asking
+constexpr int kThreads = 256;                 // of a block, unless something else is said
+constexpr size_t kWarpRowBytes = 4 << 10;     // longest row of a warp: eight 128-bit loads for each lane
+constexpr size_t kSharedRowBytes = 48 << 10;  // longest row that is kept: what a block may have without asking
 
 // Σ over the threads that share a row: a warp, or the block.
 template <int kRowThreads>
@@ -72,11 +72,11 @@ __device__ void normalise(X* out, float* mean_out, float* rstd_out, const X* wei
 }
 
 // kResidual: residual = a + b is normalised. Otherwise a is, and residual and b are not used.
-// keep: the block has shared memory for its rows.
-template <typename X, int kRowThreads, bool kResidual>
+// kKeep: the block has shared memory for its rows.
+template <typename X, int kRowThreads, bool kKeep, bool kResidual>
 __global__ void __launch_bounds__(kThreads)
     layernorm_forward_kernel(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight,
-                             const X* bias, int64_t N, int C, bool keep) {
+                             const X* bias, int64_t N, int C) {
   constexpr int kRows = kThreads / kRowThreads;
   LLMC_DYNAMIC_SHARED(X, shared);
   const int row = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads;
@@ -95,25 +95,27 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       x = load128(a + n * C + c);
     }
-    if (keep) store128(kept_row + c, x);
+    if constexpr (kKeep) store128(kept_row + c, x);
     return x;
   };
-  const auto kept = [=](int c) { return keep ? load128(kept_row + c) : load128(stored_row + c); };
+  const auto kept = [=](int c) { return load128(kKeep ? kept_row + c : stored_row + c); };
   normalise<X, kRowThreads>(out + n * C, &mean[n], &rstd[n], weight, bias, C, thread, first_pass, kept);
 }
 
 template <typename X, bool kResidual>
 void forward(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight, const X* bias,
              int64_t N, int64_t C, cudaStream_t stream) {
-  const int64_t row_bytes = C * int64_t(sizeof(X));
-  const bool keep = row_bytes <= kSharedRowBytes;
+  const size_t row_bytes = size_t(C) * sizeof(X);
   if (row_bytes <= kWarpRowBytes) {
     constexpr int kRows = kThreads / kWarp;
-    launch(layernorm_forward_kernel<X, kWarp, kResidual>, blocks_for(N, kRows), kThreads, size_t(kRows * row_bytes),
-           stream, out, mean, rstd, residual, a, b, weight, bias, N, int(C), keep);
+    launch(layernorm_forward_kernel<X, kWarp, true, kResidual>, blocks_for(N, kRows), kThreads, kRows * row_bytes,
+           stream, out, mean, rstd, residual, a, b, weight, bias, N, int(C));
+  } else if (row_bytes <= kSharedRowBytes) {
+    launch(layernorm_forward_kernel<X, kThreads, true, kResidual>, unsigned(N), kThreads, row_bytes, stream, out, mean,
+           rstd, residual, a, b, weight, bias, N, int(C));
   } else {
-    launch(layernorm_forward_kernel<X, kThreads, kResidual>, unsigned(N), kThreads, size_t(keep ? row_bytes : 0), stream,
-           out, mean, rstd, residual, a, b, weight, bias, N, int(C), keep);
+    launch(layernorm_forward_kernel<X, kThreads, false, kResidual>, unsigned(N), kThreads, 0, stream, out, mean, rstd,
+           residual, a, b, weight, bias, N, int(C));
   }
 }
 
@@ -149,8 +151,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int c = threadIdx.x * W;
   const bool active = c < C;
+  const float scale = 1.0f / float(C);
   float w[W] = {}, dweight[W] = {}, dbias[W] = {};
-  if (active) load_vector(w, weight + c);
+  if (active) load_elements(w, weight + c);
 
   const int64_t group = blockIdx.x, groups = gridDim.x;
   const int64_t end = (group + 1) * N / groups;
@@ -189,8 +192,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-      const float g_mean = warp_sum(lane < warps ? warp_sums[set][2 * r][lane] : 0.0f) / float(C);
-      const float gx_mean = warp_sum(lane < warps ? warp_sums[set][2 * r + 1][lane] : 0.0f) / float(C);
+      const float g_mean = warp_sum(lane < warps ? warp_sums[set][2 * r][lane] : 0.0f) * scale;
+      const float gx_mean = warp_sum(lane < warps ? warp_sums[set][2 * r + 1][lane] : 0.0f) * scale;
       const int64_t n = first + r;
       if (active && n < end) {
         store128(dx + n * C + c, rows[r].new_dx(old_dx[r], w, mean[r], rstd[r], g_mean, gx_mean));
@@ -199,15 +202,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     set ^= 1;
   }
   if (!active) return;
-  store_vector(partials + (group * 2) * C + c, dweight);
-  store_vector(partials + (group * 2 + 1) * C + c, dbias);
+  store_elements(partials + (group * 2) * C + c, dweight);
+  store_elements(partials + (group * 2 + 1) * C + c, dbias);
 }
 
 // For long rows: dx, a block per row. The second pass finds dout and x in the L2 cache.
 template <typename X>
-__global__ void __launch_bounds__(kThreads)
-    layernorm_dx_kernel(X* dx, const X* dout, const X* x, const X* weight, const float* means, const float* rstds,
-                        int C) {
+__global__ void __launch_bounds__(kThreads) layernorm_dx_kernel(X* dx, const X* dout, const X* x, const X* weight,
+                                                                const float* means, const float* rstds, int C) {
   constexpr int W = Packed<X>::size;
   const int64_t n = blockIdx.x;
   const float mean = means[n], rstd = rstds[n];
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int c = threadIdx.x * W; c < C; c += kThreads * W) {
     const Elements<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
     float w[W];
-    load_vector(w, weight + c);
+    load_elements(w, weight + c);
     for (int i = 0; i < W; i++) {
       const float g = to_float(row.dout[i]) * w[i];
       g_sum += g;
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int c = threadIdx.x * W; c < C; c += kThreads * W) {
     const Elements<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
     float w[W];
-    load_vector(w, weight + c);
+    load_elements(w, weight + c);
     store128(dx + n * C + c, row.new_dx(load128(dx + n * C + c), w, mean, rstd, g_mean, gx_mean));
   }
 }
@@ -251,8 +253,8 @@ __global__ void __launch_bounds__(kThreads)
       dbias[i] += to_float(row.dout[i]);
     }
   }
-  store_vector(partials + (group * 2) * C + c, dweight);
-  store_vector(partials + (group * 2 + 1) * C + c, dbias);
+  store_elements(partials + (group * 2) * C + c, dweight);
+  store_elements(partials + (group * 2 + 1) * C + c, dbias);
 }
 
 template <typename X>
@@ -260,7 +262,7 @@ void backward(X* dx, float* partials, const X* dout, const X* x, const X* weight
               int64_t groups, int64_t N, int64_t C, cudaStream_t stream) {
   const int64_t threads = round_up(C / Packed<X>::size, kWarp);
   if (threads <= 256) {
-    launch(layernorm_backward_kernel<X, 256, 4>, unsigned(groups), unsigned(threads), 0, stream, dx, partials, dout, x,
+    launch(layernorm_backward_kernel<X, 256, 2>, unsigned(groups), unsigned(threads), 0, stream, dx, partials, dout, x,
            weight, mean, rstd, N, int(C));
   } else if (threads <= 1024) {
     launch(layernorm_backward_kernel<X, 1024, 1>, unsigned(groups), unsigned(threads), 0, stream, dx, partials, dout, x,
@@ -301,10 +303,9 @@ void CudaOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor
   dispatch(x.dtype, dweight.dtype, [&](auto zero, auto g) {
     using X = decltype(zero);
     using G = decltype(g);
-    backward(dx.as<X>(), partials, dout.as<X>(), x.as<X>(), weight.as<X>(), mean.as<float>(), rstd.as<float>(), groups, N,
-             C, stream_);
-    add_groups(dweight.as<G>(), partials, groups, 2 * C, C, stream_);
-    add_groups(dbias.as<G>(), partials + C, groups, 2 * C, C, stream_);
+    backward(dx.as<X>(), partials, dout.as<X>(), x.as<X>(), weight.as<X>(), mean.as<float>(), rstd.as<float>(), groups,
+             N, C, stream_);
+    add_groups<G>({dweight.as<G>(), dbias.as<G>()}, partials, groups, C, stream_);
   });
 }
 

@@ -89,8 +89,7 @@ void add_tensors(float* sum, const Tensor* tensors, int64_t count, bool accumula
       const Tensor& x = tensors[start + i];
       dispatch(x.dtype, [&](auto zero) {
         using T = decltype(zero);
-        table.tensors[i] = {x.data, x.numel(), table.chunks, x.dtype == DType::BF16,
-                            is_aligned<Packed<T>::size>(x.as<T>())};
+        table.tensors[i] = {x.data, x.numel(), table.chunks, x.dtype == DType::BF16, are_aligned<kWidth<T>>(x.as<T>())};
       });
       table.chunks += divide_up(x.numel(), kChunk);
     }

@@ -9,12 +9,12 @@ namespace llmc::workspace {
 
 constexpr int64_t kCublas = int64_t(32) << 20;  // what NVIDIA recommends for Hopper; smaller GPUs need less
 
-// Sums over the N rows of a matrix are formed in groups of rows, then added. Many groups keep a GPU busy when there are few
-// columns, few groups make the second step cheap; their sums never take more than 4 MiB for the columns of a matrix.
+// Sums over the N rows of a matrix are formed in groups of rows, which are then added. Many groups keep a GPU busy when
+// there are few columns; few make the second step cheap, and the memory for their sums small when there are many columns.
 // The cut depends on the shape alone, so the result is the same on every GPU.
 constexpr int64_t kGroupRows = 16;  // fewest rows of a group
 constexpr int64_t kMaxGroups = 512;
-constexpr int64_t kMaxGroupSums = int64_t(1) << 20;
+constexpr int64_t kMaxGroupSums = int64_t(1) << 20;  // groups · columns, unless one group has more
 inline int64_t groups(int64_t N, int64_t columns) {
   return std::clamp(std::min(kMaxGroups, kMaxGroupSums / columns), int64_t(1), (N + kGroupRows - 1) / kGroupRows);
 }

@@ -1,0 +1,299 @@
+"""What one training step launches, the bytes that must be moved, and the least time they take on two GPUs.
+
+    python scripts/kernel_launches.py                          prints the table
+    python scripts/kernel_launches.py --csv docs/launches.csv  writes it
+
+The launches are those of the step itself: it runs in the CUDA simulator (scripts/test.sh builds it), where
+scripts/launch_recorder.cpp takes the place of everything that would cost time or memory. The bytes and flops are those
+of the operations (csrc/ops/ops.h): every tensor is read or written once; scratch memory that stays in the L2 cache does
+not count. The least time is the larger of bytes / bandwidth and flops / peak.
+"""
+
+import argparse
+import csv
+import ctypes
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import scipy_openblas32
+import torch
+from kernel_report import short_name
+
+from llmc import models
+from llmc.model_file import ModelShape
+from llmc.peak import peak_flops
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMULATOR = ROOT / "build" / "cudasim"
+GPUS = {  # name in the table: (name of the device, bytes/s of its memory by NVIDIA's data sheets)
+    "A100": ("NVIDIA A100-SXM4-80GB", 2039e9),
+    "H100": ("NVIDIA H100 80GB HBM3", 3350e9),
+}
+CUBLAS, MEMSET = "cuBLASLt", "memset"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of one micro-batch, with -r 1 -ge 0 -w 1 and gradients in the precision of the parameters."""
+
+    name: str
+    descriptor: str
+    B: int
+    T: int = 1024
+    precision: str = "bf16"
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return models.resolve(self.descriptor, None)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a parameter, activation or gradient."""
+        return 2 if self.precision == "bf16" else 4
+
+
+STEPS = [
+    Step("124M", "d12", B=64),
+    Step("350M", "d24", B=32),
+    Step("1558M", "d48", B=16),
+    Step("124M fp32", "d12", B=16, precision="fp32"),
+]
+
+
+# --- the launches -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel: its short name, cuBLASLt or memset. dynamic_shared: bytes of a block. bytes: of a memset."""
+
+    kernel: str
+    threads: int
+    dynamic_shared: int
+    bytes: int
+
+
+class Record(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("kernel", "threads", "dynamic_shared", "bytes")]
+
+
+class Recorder:
+    """The simulated core with scripts/launch_recorder.cpp in front of it. There can be one in a process."""
+
+    def __init__(self) -> None:
+        extension = SIMULATOR / "fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not extension.exists():
+            sys.exit(f"{extension} is not built: scripts/test.sh builds the CUDA simulator")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "recorder.so"
+            source = ROOT / "scripts" / "launch_recorder.cpp"
+            subprocess.run(["c++", "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+            self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # before what it replaces
+        self.library.recorder_begin.restype = ctypes.POINTER(Record)
+        self.library.recorder_count.restype = ctypes.c_size_t
+        ctypes.CDLL(str(SIMULATOR / "libcudasim.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(f"{scipy_openblas32.get_lib_dir()}/lib{scipy_openblas32.get_library()}.so")
+        self.core = load(extension)
+        symbols = subprocess.run(
+            ["nm", "-C", "--defined-only", extension], capture_output=True, text=True, check=True
+        ).stdout
+        lines = (line.split(" ", 2) for line in symbols.splitlines())
+        self.names = {int(address, 16): short_name(name) for address, kind, name in lines if kind in "tT"}
+
+    def record(self, step: Step) -> list[Launch]:
+        """The launches of the second step: the first one also makes the optimizer's state."""
+        s = step.shape
+        config = self.core.GPT2Config(
+            max_seq_len=step.T,
+            vocab_size=s.vocab_size,
+            padded_vocab_size=s.padded_vocab_size,
+            num_layers=s.num_layers,
+            num_heads=s.num_heads,
+            channels=s.channels,
+        )
+        options = self.core.Options(
+            batch_size=step.B, seq_len=step.T, precision=step.precision, grad_dtype=step.precision, device="cuda"
+        )
+        model = self.core.GPT2(config, options)
+        tokens = torch.zeros(step.B, step.T, dtype=torch.int64)
+        for number in (1, 2):
+            self.library.recorder_clear()
+            model.forward(tokens)
+            model.backward(tokens)
+            model.update(1e-3, 0.1, number)
+        records = self.library.recorder_begin()
+        return [self.launch(records[i]) for i in range(self.library.recorder_count())]
+
+    def launch(self, record: Record) -> Launch:
+        other = MEMSET if record.bytes else CUBLAS
+        kernel = self.names[record.kernel] if record.kernel else other
+        return Launch(kernel, record.threads, record.dynamic_shared, record.bytes)
+
+
+def load(extension: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("llmc_cudasim._C", extension)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- bytes and flops of a step ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """All launches of a kernel in a step together."""
+
+    bytes: float
+    flops: float = 0
+
+
+class Sizes:
+    """Element counts of a step's tensors. x: bytes of an element; chunks: of the loss head."""
+
+    def __init__(self, step: Step, chunks: int) -> None:
+        s = step.shape
+        self.x = step.element
+        self.B, self.T, self.C, self.L, self.NH = step.B, step.T, s.channels, s.num_layers, s.num_heads
+        self.N, self.V, self.Vp = step.B * step.T, s.vocab_size, s.padded_vocab_size
+        self.parameters = s.num_parameters
+        self.has_master = step.precision == "bf16"
+        self.chunks = chunks
+
+    @property
+    def attention(self) -> float:
+        """Flops of one (T,HS)·(HS,T) product of all rows, heads and layers; the causal half."""
+        return self.L * self.B * self.T**2 * self.C
+
+    def products(self) -> Work:
+        """Of cuBLASLt: forward, gradient of the input, gradient of the weight."""
+        moved = flops = 0
+        for OC, IC in ((3, 1), (1, 1), (4, 1), (1, 4)):
+            OC, IC = OC * self.C, IC * self.C
+            activations, weight = self.N * (OC + IC), OC * IC
+            moved += self.L * self.x * (3 * activations + 2 * weight + 2 * weight)
+            flops += self.L * 3 * 2 * self.N * OC * IC
+        head = self.Vp * self.C
+        moved += 3 * self.x * self.N * (self.Vp + self.C) + self.chunks * head * (2 * self.x + 2 * 4)
+        flops += 3 * 2 * self.N * head
+        return Work(moved, flops)
+
+
+WORK: dict[str, Callable[[Sizes], Work]] = {  # by a pattern of the kernel's name
+    CUBLAS: Sizes.products,
+    "embedding_forward_kernel*": lambda s: Work(s.x * s.C * (s.N + min(s.N, s.V) + s.T)),
+    "dwte_kernel*": lambda s: Work(s.x * s.C * (s.N + 2 * min(s.N, s.V))),
+    "dwpe_kernel*": lambda s: Work(s.x * s.C * (s.N + 2 * s.T)),
+    "layernorm_forward_kernel<*false>": lambda s: Work(2 * s.x * s.N * s.C),
+    "layernorm_forward_kernel<*true>": lambda s: Work(2 * s.L * 4 * s.x * s.N * s.C),
+    "layernorm_backward_kernel*": lambda s: Work((2 * s.L + 1) * 4 * s.x * s.N * s.C),
+    "bias_partials_kernel*": lambda s: Work(9 * s.L * s.x * s.N * s.C),
+    "add_groups_kernel*": lambda s: Work(2 * s.x * s.C * (9 * s.L + 2 * (2 * s.L + 1))),
+    "gelu_forward_kernel*": lambda s: Work(2 * s.L * 2 * s.x * s.N * 4 * s.C),
+    "gelu_backward_kernel*": lambda s: Work(s.L * 3 * s.x * s.N * 4 * s.C),
+    "fused_classifier_kernel*": lambda s: Work(2 * s.x * s.N * s.Vp),
+    "accumulate_kernel*": lambda s: Work(s.Vp * s.C * (4 + 2 * s.x)),
+    "partial_sums_kernel<true>": lambda s: Work(s.x * s.parameters),
+    "partial_sums_kernel<false>": lambda s: Work(4 * s.N),
+    "add_partials_kernel": lambda s: Work(0),
+    "clip_scale_kernel": lambda s: Work(0),
+    "adamw_kernel*": lambda s: Work(s.parameters * (2 * s.x + 4 * 4 + (8 if s.has_master else s.x))),
+}
+
+
+def work_of(kernel: str, sizes: Sizes) -> Work:
+    matching = [work for pattern, work in WORK.items() if fnmatchcase(kernel, pattern)]
+    if len(matching) != 1:
+        sys.exit(f"{kernel} matches {len(matching)} entries of WORK in {__file__}: there must be one")
+    return matching[0](sizes)
+
+
+def least_seconds(work: Work, gpu: str, precision: str) -> float:
+    device, bandwidth = GPUS[gpu]
+    peak = peak_flops(device, "bf16" if precision == "bf16" else "fp32")
+    assert peak is not None
+    return max(work.bytes / bandwidth, work.flops / peak)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+HEADER = [
+    "model",
+    "B",
+    "T",
+    "kernel",
+    "threads",
+    "dynamic_shared",
+    "launches",
+    "MB",
+    "GFLOP",
+    *(f"{g}_us" for g in GPUS),
+]
+
+
+def rows(step: Step, launches: list[Launch]) -> list[list[str]]:
+    """One per kernel and form of its launches, in the order of the step, then their sum."""
+    chunks = sum(launch.kernel.startswith("fused_classifier_kernel") for launch in launches)
+    sizes = Sizes(step, chunks)
+    kernels = Counter(launch.kernel for launch in launches)
+    table = []
+    total = Work(0)
+    times = dict.fromkeys(GPUS, 0.0)
+    for kernel, count in kernels.items():
+        forms = {(launch.threads, launch.dynamic_shared) for launch in launches if launch.kernel == kernel}
+        threads, dynamic_shared = max(forms)
+        memset = sum(launch.bytes for launch in launches if launch.kernel == kernel)
+        work = Work(memset) if kernel == MEMSET else work_of(kernel, sizes)
+        total = Work(total.bytes + work.bytes, total.flops + work.flops)
+        seconds = {gpu: least_seconds(work, gpu, step.precision) for gpu in GPUS}
+        times = {gpu: times[gpu] + seconds[gpu] for gpu in GPUS}
+        table.append(row(step, kernel, threads, dynamic_shared, count, work, seconds))
+    table.append(row(step, "all", 0, 0, len(launches), total, times))
+    return table
+
+
+def row(
+    step: Step, kernel: str, threads: int, dynamic_shared: int, launches: int, work: Work, seconds: dict[str, float]
+) -> list[str]:
+    sizes = [str(threads), str(dynamic_shared)] if threads else ["", ""]
+    amounts = [f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", *(f"{1e6 * seconds[gpu]:.1f}" for gpu in GPUS)]
+    return [step.name, str(step.B), str(step.T), kernel, *sizes, str(launches), *amounts]
+
+
+def report() -> list[list[str]]:
+    recorder = Recorder()
+    return [HEADER, *(row for step in STEPS for row in rows(step, recorder.record(step)))]
+
+
+def print_table(table: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    for row in table:
+        cells = enumerate(zip(row, widths, strict=True))
+        print("  ".join(cell.ljust(width) if i in (0, 3) else cell.rjust(width) for i, (cell, width) in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="write the table to this file instead of printing it")
+    arguments = parser.parse_args()
+    table = report()
+    if arguments.csv is None:
+        print_table(table)
+        return
+    with open(arguments.csv, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+
+
+if __name__ == "__main__":
+    main()

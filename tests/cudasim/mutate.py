@@ -1,0 +1,220 @@
+"""Breaks the CUDA kernels in every way of a list, one at a time, and looks whether the tests in the simulator see it.
+
+    python tests/cudasim/mutate.py [--jobs 2] [--output tests/cudasim/mutations.csv] [files of csrc/cuda]
+
+A mutant drops a barrier or a wait, shifts a bound, or swaps a layout. It is compiled with the checker, and the tests
+of the operations that it is part of run on it; it is caught when one fails or the simulator reports something. Mutants
+whose machine code is the original's change nothing and do not count. Needs the build of scripts/build_cudasim.sh.
+"""
+
+import argparse
+import csv
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+EXTENSION = ROOT / "build" / "cudasim" / "checked"
+
+# What tests a file: its own operations, or those of the files that include it.
+TESTS = {
+    "adamw": "adamw",
+    "attention_backward": "attention",
+    "attention_forward": "attention",
+    "bias": "matmul",
+    "cast": "reduce",
+    "classifier": "classifier",
+    "cublas_lt": "matmul",
+    "embedding": "embedding",
+    "gelu": "gelu",
+    "layernorm": "layernorm",
+    "matmul": "matmul",
+    "reduce": "reduce",
+}
+TIMEOUT = 300  # seconds; a mutant that hangs is caught
+
+BARRIER = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait<[^>]*>|cp_async_commit|__threadfence)\([^)]*\);")
+# Relations with a space on both sides: clang-format writes template brackets without.
+RELATION = re.compile(r" (<|<=|>|>=) ")
+SHIFTED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
+# Quotient and remainder of a thread's index say which part of a tile it has.
+QUOTIENT = re.compile(r"\b(threadIdx\.[xyz]|thread|lane|index|i) ([/%]) ")
+TRANSPOSED = re.compile(r"(ldmatrix<[^;]*?|transpose_[ab] = )\b(true|false)\b")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file of csrc/cuda with one change."""
+
+    file: str
+    line: int
+    kind: str  # barrier, bound or layout
+    change: str
+    text: str  # of the whole file
+
+
+def code_lines(text: str) -> Iterator[tuple[int, int, str]]:
+    """(number, offset, line) of the lines that hold code which can be mutated."""
+    offset = 0
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        code = line.split("//")[0]
+        if not code.lstrip().startswith(("#", "*", "static_assert", "template")):
+            yield number, offset, code
+        offset += len(line)
+
+
+def mutants_of(path: Path) -> Iterator[Mutant]:
+    text = path.read_text()
+
+    def mutant(number: int, kind: str, begin: int, end: int, new: str) -> Mutant:
+        change = f"{text[begin:end].strip()} -> {new.strip() or 'nothing'}"
+        return Mutant(path.name, number, kind, change, text[:begin] + new + text[end:])
+
+    for number, offset, line in code_lines(text):
+        for found in BARRIER.finditer(line):
+            yield mutant(number, "barrier", offset + found.start(), offset + found.end(), ";")
+        for found in RELATION.finditer(line):
+            yield mutant(number, "bound", offset + found.start(1), offset + found.end(1), SHIFTED[found[1]])
+        for found in QUOTIENT.finditer(line):
+            other = "%" if found[2] == "/" else "/"
+            yield mutant(number, "layout", offset + found.start(2), offset + found.end(2), other)
+        for found in TRANSPOSED.finditer(line):
+            other = "false" if found[2] == "true" else "true"
+            yield mutant(number, "layout", offset + found.start(2), offset + found.end(2), other)
+
+
+class Build:
+    """The commands that make the extension, as ninja knows them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        commands = subprocess.run(
+            ["ninja", "-C", folder, "-t", "commands", "cudasim_checked"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        kernels = re.compile(r" -c \S*/csrc/cuda/(\w+)\.(?:cu|cpp)$")
+        self.compile = {
+            found[1]: line
+            for line in commands
+            if "cudasim_kernels_fast" not in line and (found := kernels.search(line))
+        }
+        (self.link,) = (
+            line for line in commands if f"-o {EXTENSION.relative_to(ROOT)}" in line or f"-o {EXTENSION}" in line
+        )
+        self.includes = {
+            path.name: re.findall(r'#include "cuda/(\S+)"', path.read_text()) for path in KERNELS.iterdir()
+        }
+
+    def dependents(self, file: str) -> list[str]:
+        """Stems of the compiled files that are, or include, `file`."""
+
+        def reaches(name: str) -> bool:
+            return name == file or any(reaches(other) for other in self.includes.get(name, []))
+
+        names = sorted(path.name for path in KERNELS.iterdir() if path.stem in self.compile and path.suffix != ".h")
+        return [Path(name).stem for name in names if Path(name).suffix in (".cu", ".cpp") and reaches(name)]
+
+    def objects(self, source: Path, stems: list[str], output: Path) -> dict[str, Path]:
+        """Compiles those files of the tree `source` (a copy of csrc). CalledProcessError if one does not compile."""
+        result = {}
+        for stem in stems:
+            command = shlex.split(self.compile[stem])
+            old = Path(command[command.index("-c") + 1])
+            result[stem] = output / f"{stem}.o"
+            command[command.index("-c") + 1] = str(source / "cuda" / old.name)
+            command[command.index("-o") + 1] = str(result[stem])
+            command = [f"-I{source}" if word == f"-I{ROOT / 'csrc'}" else word for word in command]
+            subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
+        return result
+
+    def extension(self, objects: dict[str, Path], output: Path) -> None:
+        """Links the original extension with these objects instead of its own."""
+        command = self.link
+        for stem, path in objects.items():
+            command = re.sub(
+                rf"\S*(kernels_checked|cudasim_host)\.dir/\S*csrc/cuda/{stem}\.(cu|cpp)\.o", str(path), command
+            )
+        (old,) = re.findall(r"-o (\S+_C\S*\.so)", command)
+        command = command.replace(f"-o {old}", f"-o {output / Path(old).name}")
+        subprocess.run(command, shell=True, cwd=self.folder, check=True, capture_output=True)
+
+
+def machine_code(path: Path) -> str:
+    """A digest of the code and data of an object file, without debug information."""
+    with tempfile.NamedTemporaryFile(suffix=".o") as stripped:
+        subprocess.run(["strip", "-g", "-o", stripped.name, path], check=True)
+        return hashlib.sha256(Path(stripped.name).read_bytes()).hexdigest()
+
+
+def verdict(build: Build, mutant: Mutant, originals: dict[str, str]) -> str:
+    """unchanged, does not compile, survived, or what caught it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / "csrc" / "cuda" / mutant.file).write_text(mutant.text)
+        stems = build.dependents(mutant.file)
+        try:
+            objects = build.objects(folder / "csrc", stems, folder)
+        except subprocess.CalledProcessError:
+            return "does not compile"
+        changed = [stem for stem in stems if machine_code(objects[stem]) != originals[stem]]
+        if not changed:
+            return "unchanged"
+        (folder / "checked").mkdir()
+        (folder / "libcudasim.so").symlink_to(EXTENSION.parent / "libcudasim.so")
+        build.extension({stem: objects[stem] for stem in changed}, folder / "checked")
+        tests = sorted({f"tests/test_ops_{TESTS[stem]}.py" for stem in changed if stem in TESTS})
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cudasim", *tests]
+        environment = {**os.environ, "LLMC_CUDASIM": str(folder), "OMP_NUM_THREADS": "1"}
+        try:
+            result = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "caught: hangs"
+        if result.returncode == 0:
+            return "survived"
+        kinds = re.findall(r"^cudasim: ([\w-]+):", result.stdout + result.stderr, re.MULTILINE)
+        if kinds:
+            return f"caught: {kinds[0]}"
+        return "caught: wrong result" if result.returncode == 1 else "caught: crash"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="names in csrc/cuda; all kernels and headers without")
+    parser.add_argument("--build", type=Path, default=None, help="the CMake build folder")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "mutations.csv")
+    arguments = parser.parse_args()
+    build = Build(arguments.build or next((ROOT / "build").glob("cpython-*")))
+    kernels = sorted(path.name for path in KERNELS.iterdir() if path.suffix in (".cu", ".cuh"))
+    names = arguments.files or [*kernels, "matmul.cpp"]
+    with tempfile.TemporaryDirectory() as folder:
+        stems = sorted({stem for name in names for stem in build.dependents(name)})
+        objects = build.objects(ROOT / "csrc", stems, Path(folder))
+        originals = {stem: machine_code(path) for stem, path in objects.items()}
+    mutants = [mutant for name in names for mutant in mutants_of(KERNELS / name)]
+    rows = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for mutant, result in zip(mutants, pool.map(lambda m: verdict(build, m, originals), mutants), strict=True):
+            rows.append((mutant.file, mutant.line, mutant.kind, mutant.change, result))
+            print(*rows[-1], sep=", ", flush=True)
+    with arguments.output.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("file", "line", "kind", "change", "result"), *rows])
+    caught = sum(row[4].startswith("caught") for row in rows)
+    survived = sum(row[4] == "survived" for row in rows)
+    print(f"{caught} caught, {survived} survived of {caught + survived} that change anything ({len(rows)} tried)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""scripts/check_gpu.*: what can be tested without a GPU."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llmc.device import cpu
+from llmc.errors import RunError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def check_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        import check_gpu
+
+        yield check_gpu
+
+
+def without_gpu(tmp_path, nvidia_smi):
+    """check_gpu.sh where the only nvidia-smi, if any, is this script."""
+    if nvidia_smi is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    for tool in ("bash", "dirname", "grep"):
+        (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
+    command = ["bash", ROOT / "scripts" / "check_gpu.sh"]
+    return subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("nvidia_smi", [None, "exit 0", "echo 'NVIDIA-SMI has failed'; exit 9"])
+def test_without_a_gpu(tmp_path, nvidia_smi):
+    result = without_gpu(tmp_path, nvidia_smi)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "check_gpu: there is no NVIDIA GPU here (nvidia-smi lists none)\n"
+
+
+@pytest.mark.parametrize("contender", ["llmc", "torch"])
+def test_a_measurement(check_gpu, monkeypatch, contender):
+    monkeypatch.setattr(check_gpu, "STEPS", 2)
+    measurement = check_gpu.measure(contender, "custom:l=1,c=16,h=2,t=64,v=65", 2, cpu())
+    assert 0 < measurement.milliseconds < 60_000
+    assert measurement.mebibytes == 0  # of a GPU
+
+
+def memory_limits(check_gpu, llmc, torch):
+    """Measurements on a device with room for these batches: llmc takes 2 ms for each row, PyTorch 3."""
+
+    def run(contender, descriptor, B):
+        if {"llmc": llmc, "torch": torch}[contender] < B:
+            raise check_gpu.DoesNotFitError
+        return check_gpu.Measurement(B * {"llmc": 2.0, "torch": 3.0}[contender], 100.0 * B)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("llmc", "torch", "B", "llmc_ms", "torch_ms"),
+    [
+        (1000, 1000, 64, 128, 192),
+        (64, 20, 16, 32, 48),  # the largest that fits both
+        (3, 1000, 2, 4, 6),
+        (17, 0, 16, 32, "does not fit"),  # llmc's largest
+        (0, 0, 1, "does not fit", "does not fit"),
+        (0, 5, 1, "does not fit", 3),
+    ],
+)
+def test_the_batch_is_the_largest_that_fits_both(check_gpu, llmc, torch, B, llmc_ms, torch_ms):
+    row = check_gpu.compare("124M", memory_limits(check_gpu, llmc, torch))
+    results = [getattr(result, "milliseconds", result) for result in (row.llmc, row.torch)]
+    assert (row.B, *results) == (B, llmc_ms, torch_ms)
+
+
+def test_a_failure_is_reported_and_not_tried_again(check_gpu):
+    asked = []
+
+    def run(contender, descriptor, B):
+        asked.append((contender, B))
+        if contender == "torch":
+            raise RunError("no Triton")
+        return check_gpu.Measurement(1.0, 1.0)
+
+    row = check_gpu.compare("350M", run)
+    assert row.torch == "no Triton"
+    assert asked == [("llmc", 64), ("torch", 64)]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "raised"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "DoesNotFitError"),
+        ("llmc._C.Error: GPU has no 300 MiB of memory left (200 of 16000 MiB are free): lower the", "DoesNotFitError"),
+        ("a long story\nValueError: seven", "RunError"),
+        ("", "RunError"),
+    ],
+)
+def test_why_a_measurement_failed(check_gpu, monkeypatch, tmp_path, stderr, raised):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ncat >&2 <<'EOF'\n{stderr}\nEOF\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(check_gpu.sys, "executable", str(program))
+    with pytest.raises(Exception) as caught:
+        check_gpu.in_a_process("llmc", "d12", 64)
+    assert type(caught.value).__name__ == raised
+    if raised == "RunError":
+        assert str(caught.value) == (stderr.splitlines() or ["ended with status 1"])[-1]
+
+
+def test_the_speed_table(check_gpu):
+    """A step of 124M with B = 64 has 65536 tokens of 6·124475904 + 6·12·768·1024 flops; in 0.25 s that is 21.3 % of the
+    peak of 132 SMs at 1830 MHz with 4096 flops each."""
+    Measurement, Row = check_gpu.Measurement, check_gpu.Row
+    rows = [
+        Row("124M", 64, Measurement(250.0, 17072.4), Measurement(400.0, 40000.0)),
+        Row("1558M", 8, Measurement(500.0, 40000.0), "does not fit"),
+    ]
+    lines = check_gpu.speed_table(rows, "NVIDIA H100 80GB HBM3").splitlines()
+    assert lines[2:] == [
+        "| 124M | 64 | llmc | 250.0 | 262144 | 21.3% | 17072 | 1.00 |",
+        "| 124M | 64 | PyTorch, compiled | 400.0 | 163840 | 13.3% | 40000 | 1.60 |",
+        "| 1558M | 8 | llmc | 500.0 | 16384 | 16.3% | 40000 | 1.00 |",
+        "| 1558M | 8 | PyTorch, compiled | does not fit | | | | |",
+    ]
+    assert "| n/a |" in check_gpu.speed_table(rows, "an unknown GPU")
+    assert all(line.count("|") == 9 for line in lines)
+
+
+def test_the_report(check_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(check_gpu, "ROOT", tmp_path)
+    passed = check_gpu.Command("pytest -m gpu", "".join(f"line {i}\n" for i in range(99)), passed=True)
+    failed = check_gpu.Command("llmc-train", "boom", passed=False)
+    rows = [check_gpu.Row("124M", 64, "does not fit", "does not fit")]
+    path = check_gpu.write_report("NVIDIA GeForce RTX 4090", [passed], [failed], rows, passed)
+    assert path.parent == tmp_path / "docs" / "gpu"
+    assert path.name.startswith("nvidia-geforce-rtx-4090-20")
+    text = path.read_text()
+    assert "`pytest -m gpu`\n" in text
+    assert "line 98" in text
+    assert "`llmc-train` (failed)\n" in text
+    assert "| 124M | 64 | llmc | does not fit |" in text
+
+
+def test_commands_show_what_they_print(check_gpu, tmp_path, capfd):
+    command = check_gpu.execute("sh", "-c", "echo out; echo err >&2; exit 3", cwd=tmp_path)
+    assert (command.output, command.passed) == ("out\nerr\n", False)
+    assert capfd.readouterr().out == "check_gpu: sh -c echo out; echo err >&2; exit 3\nout\nerr\n"
+    assert check_gpu.execute("true", cwd=tmp_path).passed
+
+
+def test_the_shell_script_is_valid():
+    subprocess.run(["bash", "-n", ROOT / "scripts" / "check_gpu.sh"], check=True)
+    assert os.access(ROOT / "scripts" / "check_gpu.sh", os.X_OK)

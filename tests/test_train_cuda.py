@@ -1,0 +1,95 @@
+"""llmc-train --device cuda from the command line, in the CUDA simulator: training, checkpoint, resume, and refusals."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_in_simulator import SIMULATOR
+from training_data import V, text, write_shard, write_tokenizer
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the CUDA simulator needs x86-64"),
+    pytest.mark.skipif(not SIMULATOR.exists(), reason=f"there is no CUDA simulator in {SIMULATOR}"),
+]
+
+RUNNER = Path(__file__).parent / "run_in_simulator.py"
+BASE = (
+    f"-e custom:l=2,c=32,h=2,t=32,v={V} -i data/t_train_*.bin -j data/t_val_*.bin -b 2 -t 16 -m 2 -v 0 -s 0 -g 8 "
+    "-l 0.01 --device cuda"
+)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    write_shard(data / "t_train_0.bin", text(0, 500))
+    write_shard(data / "t_val_0.bin", text(2, 300))
+    write_tokenizer(data / "tokenizer.bin", V)
+    return tmp_path
+
+
+def run(flags, **environment):
+    command = [sys.executable, str(RUNNER), "llmc-train", *BASE.split(), *flags.split()]
+    env = {**os.environ, "PYTHONPATH": str(RUNNER.parent), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def train(flags, **environment):
+    result = run(flags, **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def losses(output):
+    return [float(loss) for loss in re.findall(r"^step .*? \| loss ([\d.]+) ", output, re.MULTILINE)]
+
+
+def test_it_learns_and_names_the_device():
+    output = train("-x 20 -s 20 -r 2 -ge 2", CUDASIM_VARIANT="checked")
+    assert re.search(r"\| device +\| .*simulat", output, re.IGNORECASE)
+    assert re.search(r"\| precision +\| BF16", output)
+    found = losses(output)
+    assert len(found) == 20 and found[-1] < found[0] - 0.5
+    assert "n/a bf16 MFU" in output  # no peak is known of it
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_equal(directory, precision):
+    flags = f"-x 6 -n 3 --precision {precision}"
+    train(f"{flags} -o whole")
+    train(f"-n 3 --precision {precision} -x 3 -o parts")
+    assert "resuming at step 3" in train(f"{flags} -o parts -y 1")
+    for name in ("model_00000006.bin", "state_00000006_00000.bin"):
+        assert (directory / "whole" / name).read_bytes() == (directory / "parts" / name).read_bytes()
+
+
+def test_lazy_streams_change_nothing():
+    """Work that runs as late as a GPU may run it: every wait that is needed is there."""
+    eager, lazy = (train("-x 4 -d 64", CUDASIM_LAZY=str(value)) for value in (0, 1))
+    assert losses(eager) == losses(lazy)
+
+
+def test_a_checkpoint_of_the_cpu_goes_on_the_gpu():
+    train("-x 3 -n 3 -o run --precision fp32 --device cpu")
+    assert "resuming at step 3" in train("-x 5 -n 5 -o run --precision fp32 -y 1")
+
+
+def test_no_device():
+    result = run("-x 1", CUDASIM_DEVICES="0")
+    assert result.returncode == 1
+    assert result.stderr.startswith("llmc-train: error: --device cuda: no CUDA device")
+    assert result.stderr.count("\n") == 1
+    assert "--device cpu" in result.stderr
+
+
+def test_a_model_larger_than_the_device():
+    result = run("-x 1 -e custom:l=2,c=1024,h=8,t=32,v=65 -l 0.001", CUDASIM_MEMORY=str(64 * 2**20))
+    assert result.returncode == 1
+    assert re.match(r"llmc-train: error: the run needs \d+ MiB of memory, .* has 64 MiB: lower", result.stderr)
