@@ -171,6 +171,8 @@ def known_launches(path: Path = LAUNCHES) -> dict[str, Launch]:
     if path.is_file():
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
+                if row["threads"] == "":  # not a kernel of ours
+                    continue
                 launches.setdefault(row["kernel"], Launch(int(row["threads"]), int(row["dynamic_shared"])))
     return launches
 

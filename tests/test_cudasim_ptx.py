@@ -9,10 +9,10 @@ import math
 from enum import IntEnum
 from typing import Any
 
-import devices
 import numpy as np
 import pytest
 import torch
+from cudasim_testing import DeviceTensor, kinds, load_kernels, load_library, take_reports
 from ops_testing import F32
 
 LANES = range(32)
@@ -23,36 +23,20 @@ class Kernels:
     """The launchers of cudasim/library_tests/ptx_kernels.cu, called with numpy arrays."""
 
     def __init__(self, variant: str) -> None:
-        path = devices.SIMULATOR / "library_tests" / f"libptx_{variant}.so"
-        if not path.exists():
-            pytest.skip(f"there is no CUDA simulator in {devices.SIMULATOR}: scripts/test.sh builds it")
-        self.cuda = ctypes.CDLL(str(devices.SIMULATOR / "libcudasim.so"), mode=ctypes.RTLD_GLOBAL)
-        self.cuda.cudasim_report.restype = ctypes.c_char_p
-        self.launchers = ctypes.CDLL(str(path))
-
-    def upload(self, array: np.ndarray) -> ctypes.c_void_p:
-        pointer = ctypes.c_void_p()
-        assert self.cuda.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(array.nbytes)) == 0
-        self.copy(pointer.value, array.ctypes.data, array.nbytes, devices.HOST_TO_DEVICE)
-        return pointer
-
-    def copy(self, to: int | None, source: int | None, size: int, direction: int) -> None:
-        pointers = ctypes.c_void_p(to), ctypes.c_void_p(source)
-        assert self.cuda.cudaMemcpy(*pointers, ctypes.c_size_t(size), direction) == 0
+        load_library()
+        self.launchers = load_kernels(variant)
 
     def run(self, launcher: str, *arguments: Any, out: list[np.ndarray]) -> list[str]:
         """Arrays travel to the device, those of out back. Returns the reports, which name kernel and line."""
-        self.cuda.cudasim_clear()
-        pointers = {id(array): self.upload(array) for array in arguments if isinstance(array, np.ndarray)}
+        take_reports()
+        arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
+        device = {id(array): DeviceTensor(torch.from_numpy(array.view(np.uint8))) for array in arrays}
+        pointers = {key: ctypes.c_void_p(tensor.pointer) for key, tensor in device.items()}
         status = getattr(self.launchers, launcher)(*(pointers.get(id(argument), argument) for argument in arguments))
-        status = status or self.cuda.cudaDeviceSynchronize()
-        reports = self.cuda.cudasim_report().decode().splitlines()
-        self.cuda.cudasim_clear()
+        reports = take_reports()
         assert reports or status == 0, f"CUDA error {status} without a report"
         for array in out:
-            self.copy(array.ctypes.data, pointers[id(array)].value, array.nbytes, devices.DEVICE_TO_HOST)
-        for pointer in pointers.values():
-            self.cuda.cudaFree(pointer)
+            device[id(array)].download()  # into the array, whose memory the tensor shares
         return reports
 
 
@@ -66,13 +50,9 @@ def checked() -> Kernels:
     return Kernels("checked")
 
 
-def kinds(reports: list[str]) -> set[str]:
-    return {report.split(":")[0] for report in reports}
-
-
 def assert_reported(reports: list[str], kind: str, *consequences: str) -> None:
     """The mistake is reported at its line; nothing but its consequences beside it."""
-    assert kind in kinds(reports) and kinds(reports) <= {kind, *consequences}, reports
+    assert kind in kinds(reports) and set(kinds(reports)) <= {kind, *consequences}, reports
     assert all("ptx_kernels.cu:" in report for report in reports)
 
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int W = kWidth<float>;
-constexpr int kMaxSlices = 48;  // the parameters of a kernel may take 4 KB, on every driver
+constexpr int kMaxSlices = 48;  // of a launch: parameters of 4 KB at most are fine on every driver
 
 struct Slice {
   void* param;       // X

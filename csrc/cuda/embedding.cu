@@ -57,8 +57,8 @@ __device__ void add_rows(float (&sum)[W], const X* dout, int count, Position pos
   }
 }
 
-// How many of the positions order[begin..begin+31] hold the token, if it is the one at order[begin] or before. All lanes
-// must call.
+// How many of the 32 positions from order[begin] on hold the token; they come first, as order is sorted by token and none
+// before begin holds a larger one. All lanes must call.
 __device__ int count_token(const int32_t* tokens, const int32_t* order, int64_t begin, int64_t N, int token) {
   const int64_t i = begin + threadIdx.x % kWarp;
   return __popc(__ballot_sync(kFullMask, i < N && tokens[order[i]] == token));
@@ -85,13 +85,14 @@ __device__ void add_once(G* gradient, const float (&sum)[W], int64_t row, int co
   store_elements(p, x);
 }
 
-// Warp w of block (x,y) looks whether a token's positions start at order[x·kWarps + w].
+// Warp w of block (x,y) looks whether a token's positions start at order[x·kWarps + w], and sums them in the y-th block of
+// columns.
 template <typename G, typename X>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     dwte_kernel(G* dwte, const X* dout, const int32_t* tokens, const int32_t* order, int64_t N, int C, uint32_t seed) {
   constexpr int W = Packed<X>::size;
-  __shared__ int64_t shared_start;  // where the positions start of a token that the block shares, or -1
-  alignas(16) __shared__ float sums[kWarps][kColumns<X>];  // of that token, by each warp
+  __shared__ int64_t shared_start;  // where the positions of a token start that all warps share, or -1
+  alignas(16) __shared__ float sums[kWarps][kColumns<X>];  // what each warp adds up of it
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_column = blockIdx.y * kColumns<X>, column = first_column + lane * W;
   const int64_t start = int64_t(blockIdx.x) * kWarps + warp;

@@ -12,14 +12,14 @@ constexpr float kSlope = 1.59576912f;  // 2·√(2/π)
 constexpr float kCubic = 0.044715f;
 
 // With u the argument of tanh, 0.5·(1 + tanh u) = 1/(1 + e^(-2u)): one exponential, and nothing cancels for negative u.
-// Returns e^(-2u). For bf16 results the fast exponential and division serve: with |2u| <= 88 (beyond, the result is 0 or
-// x in bf16 either way) their relative error is below 2^-16, and a bf16 has 8 bits.
+// For bf16 results the fast exponential and division serve: their relative error is below 2^-16 while |2u| < 87, and a bf16
+// has 8 bits; beyond, the result is x, or below 1e-35 and perhaps 0.
 template <typename X>
-__device__ float exp_minus(float u2) {
+__device__ float exponential(float x) {
   if constexpr (sizeof(X) == 2) {
-    return __expf(-u2);
+    return __expf(x);
   } else {
-    return expf(-u2);
+    return expf(x);
   }
 }
 template <typename X>
@@ -34,7 +34,7 @@ __device__ float divide(float a, float b) {
 template <typename X>
 __device__ float gelu(float x) {
   const float u2 = kSlope * x * fmaf(kCubic, x * x, 1.0f);
-  return divide<X>(x, 1.0f + exp_minus<X>(u2));
+  return divide<X>(x, 1.0f + exponential<X>(-u2));
 }
 
 // s + x·s·(1 - s)·(2u)' with s = 1/(1 + e^(-2u)). Beyond |x| = 10 it is 0 or 1 to within 1e-35; the clamp keeps every
@@ -46,7 +46,7 @@ __device__ float gelu_grad(float x) {
   const float square = x * x;
   const float u2 = kSlope * x * fmaf(kCubic, square, 1.0f);
   const float du2 = kSlope * fmaf(3.0f * kCubic, square, 1.0f);
-  const float e = exp_minus<X>(u2);
+  const float e = exponential<X>(-u2);
   const float s = divide<X>(1.0f, 1.0f + e);
   return s * fmaf(x * du2, e * s, 1.0f);
 }

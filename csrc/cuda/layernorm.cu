@@ -1,14 +1,14 @@
 // Layer normalisation.
 //
-// Forward: a warp per row, a block per row for long ones. The first pass over the row keeps it in shared memory (each thread
-// reads back only what it wrote itself), the next ones take the variance about the mean, which does not cancel for rows far
-// from zero, and the output. So every tensor is read once, unless a row is too long to be kept.
+// Forward: a warp takes a row, a block takes a long one. The first pass over the row keeps it in shared memory (a thread
+// reads back only what it wrote itself, so there is no barrier); the second takes the variance about the mean, which does
+// not cancel for rows far from zero; the third writes the output. So every tensor is read once, unless a row is too long to
+// be kept.
 //
-// Backward: the rows are cut into groups (ops/workspace.h), a block takes a group and its threads take the columns, 128
-// bits each, so that a thread has the sums for its dweight and dbias in registers. Several rows are in flight at a time:
-// the block forms their means with one barrier, then writes dx. Every tensor is read once. Rows with more columns than a
-// block has registers for go two ways: one kernel for dx, a block per row, and one for the sums of the groups.
-// A last kernel adds the groups in a fixed order (column_sums.cuh).
+// Backward: the rows are cut into groups (ops/workspace.h). A block takes a group; each of its threads takes 128 bits of
+// every row, always the same columns, and has their shares of dweight and dbias in registers. The block forms the means of
+// two rows with one barrier, then writes their dx: every tensor is read once. Rows too long for that take two kernels: one
+// for dweight and dbias, one for dx, a block per row. In the end the groups are added in a fixed order (column_sums.cuh).
 #include "core/dispatch.h"
 #include "core/integers.h"
 #include "cuda/column_sums.cuh"
@@ -119,9 +119,9 @@ void forward(X* out, float* mean, float* rstd, X* residual, const X* a, const X*
   }
 }
 
-// The backward pass of some elements of a row: xhat, g = dout·weight, and dx from the row's means of g and g·xhat.
+// 128 bits of a row in the backward pass: xhat, and dx from the row's means of g = dout·weight and of g·xhat.
 template <typename X>
-struct Elements {
+struct RowVector {
   static constexpr int W = Packed<X>::size;
   Packed<X> dout, x;
 
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t end = (group + 1) * N / groups;
   int set = 0;
   for (int64_t first = group * N / groups; first < end; first += kRows) {
-    Elements<X> rows[kRows];
+    RowVector<X> rows[kRows];
     Packed<X> old_dx[kRows];
     float mean[kRows], rstd[kRows];
 #pragma unroll
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   store_elements(partials + (group * 2 + 1) * C + c, dbias);
 }
 
-// For long rows: dx, a block per row. The second pass finds dout and x in the L2 cache.
+// For long rows: dx, a block per row. The second pass finds dout and x in the L2 cache, if not in L1.
 template <typename X>
 __global__ void __launch_bounds__(kThreads) layernorm_dx_kernel(X* dx, const X* dout, const X* x, const X* weight,
                                                                 const float* means, const float* rstds, int C) {
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) layernorm_dx_kernel(X* dx, const X* 
   const float mean = means[n], rstd = rstds[n];
   float g_sum = 0, gx_sum = 0;
   for (int c = threadIdx.x * W; c < C; c += kThreads * W) {
-    const Elements<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
+    const RowVector<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
     float w[W];
     load_elements(w, weight + c);
     for (int i = 0; i < W; i++) {
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) layernorm_dx_kernel(X* dx, const X* 
   const float g_mean = block_sum(g_sum) / float(C);
   const float gx_mean = block_sum(gx_sum) / float(C);
   for (int c = threadIdx.x * W; c < C; c += kThreads * W) {
-    const Elements<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
+    const RowVector<X> row = {load128(dout + n * C + c), load128(x + n * C + c)};
     float w[W];
     load_elements(w, weight + c);
     store128(dx + n * C + c, row.new_dx(load128(dx + n * C + c), w, mean, rstd, g_mean, gx_mean));
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads)
   float dweight[W] = {}, dbias[W] = {};
 #pragma unroll 4
   for (int64_t n = group * N / groups; n < end; n++) {
-    const Elements<X> row = {load128_once(dout + n * C + c), load128_once(x + n * C + c)};
+    const RowVector<X> row = {load128_once(dout + n * C + c), load128_once(x + n * C + c)};
     for (int i = 0; i < W; i++) {
       dweight[i] += to_float(row.dout[i]) * row.xhat(i, means[n], rstds[n]);
       dbias[i] += to_float(row.dout[i]);

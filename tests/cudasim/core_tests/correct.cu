@@ -84,12 +84,10 @@ __global__ void integer_kernel(unsigned* out, unsigned x, unsigned y) {
   out[0] = __umulhi(x, y);
   out[1] = __funnelshift_l(x, y, 36);
   out[2] = __funnelshift_r(x, y, 4);
-  out[3] = __byte_perm(x, y, 0x9271u);
-  out[4] = __brev(x);
-  out[5] = unsigned(__popc(x));
-  out[6] = unsigned(__clz(int(x)));
-  out[7] = unsigned(__ffs(int(x)));
-  out[8] = __float_as_uint(__uint_as_float(x));
+  out[3] = unsigned(__popc(x));
+  out[4] = unsigned(__clz(int(x)));
+  out[5] = unsigned(__ffs(int(x)));
+  out[6] = __float_as_uint(__uint_as_float(x));
 }
 
 __global__ void atomic_kernel(unsigned* out) {

@@ -1,6 +1,6 @@
-"""What a cuBLASLt library answers to right and wrong calls that need no GPU: python cublaslt_answers.py LIBRARY prints JSON.
+"""What a cuBLASLt library answers to right and wrong calls that need no GPU.
 
-tests/test_cudasim_libraries.py compares the simulator's with the real library's.
+python cublaslt_answers.py LIBRARY prints JSON; tests/test_cudasim_cublaslt.py compares the simulator with the real one.
 """
 
 import ctypes

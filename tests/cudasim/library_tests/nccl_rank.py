@@ -1,5 +1,7 @@
-"""One rank of the NCCL tests: python nccl_rank.py LIBRARY RANK SIZE [SCENARIO ID]... prints JSON, one object per scenario.
-tests/test_cudasim_libraries.py starts the ranks; no torch here, so that they start quickly.
+"""One rank of the NCCL tests; no torch here, so that it starts quickly.
+
+python nccl_rank.py LIBRARY RANK SIZE [SCENARIO ID]... prints JSON, one object per scenario. tests/test_cudasim_nccl.py
+starts the ranks.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
 
 namespace {
 
-// --- mma: registers as they are, lane by lane -------------------------------------------------------------------------
+// --- mma: registers as they are, lane by lane ------------------------------------------------------------------------
 
 template <bool Bf16>
 __global__ void mma_kernel(float (*c)[4], const uint32_t (*a)[4], const uint32_t (*b)[2]) {
@@ -19,11 +19,12 @@ __global__ void mma_kernel(float (*c)[4], const uint32_t (*a)[4], const uint32_t
   for (int i = 0; i < 4; i++) c[threadIdx.x][i] = own_c[i];
 }
 
-// --- ldmatrix ---------------------------------------------------------------------------------------------------------
+// --- ldmatrix --------------------------------------------------------------------------------------------------------
 
 enum class Loading { Right, WithoutBarrier, Uninitialised, Misaligned, FromGlobal, BeyondShared };
 
-// registers (32,N): what each lane receives of the N matrices (N,8,8), whose rows lie 9 x 16 bytes apart in shared memory.
+// registers (32,N): what each lane receives of the N matrices (N,8,8), whose rows lie 9 x 16 bytes apart in shared
+// memory.
 template <int N, bool Transposed>
 __global__ void ldmatrix_kernel(uint32_t* registers, const uint4* matrices, Loading how) {
   constexpr int pitch = 9;
@@ -42,7 +43,7 @@ __global__ void ldmatrix_kernel(uint32_t* registers, const uint4* matrices, Load
   for (int i = 0; i < N; i++) registers[lane * N + i] = r[i];
 }
 
-// --- cp.async ---------------------------------------------------------------------------------------------------------
+// --- cp.async --------------------------------------------------------------------------------------------------------
 
 enum class Copying {
   Right,
@@ -99,7 +100,7 @@ __global__ void cp_async_kernel(uint4* out, const uint4* in, int valid, Copying 
   }
 }
 
-// --- arithmetic -------------------------------------------------------------------------------------------------------
+// --- arithmetic ------------------------------------------------------------------------------------------------------
 
 __global__ void arithmetic_kernel(uint32_t* rounded, float* power, const float* x, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) {

@@ -3,10 +3,10 @@
 //   cublaslt_validation.cpp    every rule that a call can break
 //   cublaslt_matmul.cpp        heuristics, cublasLtMatmul and its epilogues
 //   cublaslt_product.cpp       the fp32 product of two packed matrices
-// It computes D = epilogue(alpha·op(A)·op(B) + beta·C) for fp32 and bf16 with fp32 accumulation, and refuses what the real
-// library documents as wrong, and what the simulator does not compute. A refused call gives the status of the real library;
-// the reason goes to stderr where CUBLASLT_LOG_LEVEL is 1 or more (as in the real library), and a refused cublasLtMatmul,
-// which a program never does on purpose, is reported as an error of kind "cublaslt".
+// It computes D = epilogue(alpha·op(A)·op(B) + beta·C) for fp32 and bf16 with fp32 accumulation, and refuses what the
+// real library documents as wrong, and what the simulator does not compute. A refused call gives the status of the real
+// library; the reason goes to stderr where CUBLASLT_LOG_LEVEL is 1 or more (as in the real library), and a refused
+// cublasLtMatmul, which a program never does on purpose, is reported as an error of kind "cublaslt".
 #pragma once
 
 #include <cublasLt.h>
@@ -18,7 +18,7 @@
 
 namespace cudasim::cublaslt {
 
-// --- descriptors: the contents of the opaque structs of cublasLt.h ------------------------------------------------------
+// --- descriptors: the contents of the opaque structs of cublasLt.h ---------------------------------------------------
 
 struct Descriptor {
   int32_t compute_type = CUBLAS_COMPUTE_32F;
@@ -82,7 +82,7 @@ struct Algorithm {
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t), "stored in the opaque struct");
 
-// --- refusals -----------------------------------------------------------------------------------------------------------
+// --- refusals --------------------------------------------------------------------------------------------------------
 
 struct Refusal {
   cublasStatus_t status;
@@ -97,7 +97,7 @@ cublasStatus_t answer(const std::function<void()>& body);
 
 void check_handle(cublasLtHandle_t handle);  // refuses what cublasLtCreate did not return or cublasLtDestroy ended
 
-// --- one matrix product -------------------------------------------------------------------------------------------------
+// --- one matrix product ----------------------------------------------------------------------------------------------
 
 // Which parts an epilogue has.
 struct Epilogue {
@@ -124,8 +124,8 @@ struct Configuration {
 // Refuses what can be seen without addresses.
 Configuration check_configuration(cublasLtMatmulDesc_t descriptor, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                   cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d);
-// Refuses epilogues that the environment variable CUDASIM_CUBLASLT_WITHOUT names ("DGELU,GELU_AUX_BIAS"), so that a caller's
-// fallback can be tested.
+// Refuses epilogues that the environment variable CUDASIM_CUBLASLT_WITHOUT names ("DGELU,GELU_AUX_BIAS"), so that a
+// caller's fallback can be tested.
 void check_available(const Configuration& configuration);
 
 struct Call {
@@ -152,7 +152,7 @@ std::vector<Region> regions(const Call& call);
 
 size_t element_size(uint32_t type);  // 2 or 4 bytes
 
-// --- the product --------------------------------------------------------------------------------------------------------
+// --- the product -----------------------------------------------------------------------------------------------------
 
 constexpr int64_t a_panel = 16, b_panel = 6;  // rows of op(A), columns of op(B) in one packed panel
 
@@ -163,8 +163,8 @@ struct View {
   int64_t row_stride, col_stride;  // elements
 };
 
-// x (rows,k) as fp32 in panels of `height` rows: element (i,p) is packed[(i / height · k + p)·height + i % height]. The last
-// panel is padded with zero rows. tf32: values are rounded to TF32.
+// x (rows,k) as fp32 in panels of `height` rows: element (i,p) is packed[(i / height · k + p)·height + i % height]. The
+// last panel is padded with zero rows. tf32: values are rounded to TF32.
 std::vector<float> pack(const View& x, int64_t rows, int64_t k, int64_t height, bool tf32);
 
 // sum (m,n) = a·b, column-major; a (m,k) is packed with a_panel, bᵀ (n,k) with b_panel.

@@ -1,7 +1,7 @@
 // Handles, descriptors and their attributes.
 //
-// As in the real library, setting an attribute checks its size and nothing else; whether the values go together is decided
-// when they are used.
+// As in the real library, setting an attribute checks its size and nothing else; whether the values go together is
+// decided when they are used.
 #include <cstdarg>
 #include <cstddef>
 #include <cstdio>
@@ -15,11 +15,11 @@
 namespace cudasim::cublaslt {
 namespace {
 
-// --- refusals -----------------------------------------------------------------------------------------------------------
+// --- refusals --------------------------------------------------------------------------------------------------------
 
 thread_local std::string last_reason;
 
-// --- attributes ---------------------------------------------------------------------------------------------------------
+// --- attributes ------------------------------------------------------------------------------------------------------
 
 struct Attribute {
   int id;
@@ -217,7 +217,7 @@ extern "C" {
 
 const char* cudasim_cublaslt_reason() { return last_reason.c_str(); }
 
-// --- library ------------------------------------------------------------------------------------------------------------
+// --- library ---------------------------------------------------------------------------------------------------------
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
   return answer([&] {
@@ -240,7 +240,7 @@ size_t cublasLtGetVersion() { return CUBLAS_VERSION; }
 const char* cublasLtGetStatusName(cublasStatus_t status) { return text_of(status).name; }
 const char* cublasLtGetStatusString(cublasStatus_t status) { return text_of(status).text; }
 
-// --- matmul descriptor --------------------------------------------------------------------------------------------------
+// --- matmul descriptor -----------------------------------------------------------------------------------------------
 
 cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t descriptor, size_t size,
                                                cublasComputeType_t compute_type, cudaDataType_t scale_type) {
@@ -263,7 +263,7 @@ cublasStatus_t cublasLtMatmulDescGetAttribute(cublasLtMatmulDesc_t descriptor, c
   return get(descriptor_attributes, descriptor, attribute, value, bytes, written);
 }
 
-// --- matrix layout ------------------------------------------------------------------------------------------------------
+// --- matrix layout ---------------------------------------------------------------------------------------------------
 
 cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t size, cudaDataType_t type,
                                                  uint64_t rows, uint64_t cols, int64_t ld) {
@@ -288,7 +288,7 @@ cublasStatus_t cublasLtMatrixLayoutGetAttribute(cublasLtMatrixLayout_t layout,
   return get(layout_attributes, layout, attribute, value, bytes, written);
 }
 
-// --- preference ---------------------------------------------------------------------------------------------------------
+// --- preference ------------------------------------------------------------------------------------------------------
 
 cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference, size_t size) {
   return initialize(preference, size, Preference{});

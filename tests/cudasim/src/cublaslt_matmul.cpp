@@ -13,7 +13,7 @@ namespace {
 // Algorithms use no more workspace than this, however much the preference allows.
 constexpr uint64_t largest_workspace = 64 << 10;
 
-// --- algorithms ---------------------------------------------------------------------------------------------------------
+// --- algorithms ------------------------------------------------------------------------------------------------------
 
 uint64_t checksum(const Algorithm& x) {
   uint64_t sum = 0x9e3779b97f4a7c15u;
@@ -65,7 +65,7 @@ cublasLtMatmulHeuristicResult_t result_of(const Algorithm& algorithm) {
   return result;
 }
 
-// --- memory -------------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Calls visit(first byte, bytes) for each contiguous part; false as soon as it is.
 template <typename Visit>
@@ -125,7 +125,7 @@ void store_column(const View& x, int64_t j, const std::vector<float>& column) {
   }
 }
 
-// --- arithmetic ---------------------------------------------------------------------------------------------------------
+// --- arithmetic ------------------------------------------------------------------------------------------------------
 
 // GELU in the tanh form, x/2·(1 + tanh(√(2/π)·(x + 0.044715 x³))), and its derivative.
 constexpr float gelu_scale = 0.7978845608028654f;

@@ -1,7 +1,7 @@
 // The fp32 product of two packed matrices.
 //
-// Panels of 16 rows of op(A) and 6 columns of op(B) meet in a block of 16 x 6 sums, which are 12 vectors of 8 floats: they
-// stay in the 16 vector registers of AVX while k runs. Goto and van de Geijn, "Anatomy of high-performance matrix
+// Panels of 16 rows of op(A) and 6 columns of op(B) meet in a block of 16 x 6 sums, which are 12 vectors of 8 floats:
+// they stay in the 16 vector registers of AVX while k runs. Goto and van de Geijn, "Anatomy of high-performance matrix
 // multiplication", 2008, with one level of blocking: k is cut so that the panels stay in the L2 cache.
 // Compiled without contraction to fused multiply-adds, both clones compute the same bits.
 #include <algorithm>

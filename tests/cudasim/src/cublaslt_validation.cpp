@@ -1,5 +1,5 @@
-// Every rule that a call of the simulated cuBLASLt can break, from the documentation of cublasLtMatmul(), of the attributes
-// in cublasLt.h, and from what one device allocation holds.
+// Every rule that a call of the simulated cuBLASLt can break, from the documentation of cublasLtMatmul(), of the
+// attributes in cublasLt.h, and from what one device allocation holds.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

@@ -1,8 +1,8 @@
 // The simulated NCCL: one process per rank, on one machine.
 //
-// The ranks compare their calls before they exchange data: different operations, counts, types, reductions or roots, which
-// would hang or corrupt memory on GPUs, are reported with every rank's call. Reductions go through the ranks in order and
-// round to the type of the data after every addition, as rings do.
+// The ranks compare their calls before they exchange data: different operations, counts, types, reductions or roots,
+// which would hang or corrupt memory on GPUs, are reported with every rank's call. Reductions go through the ranks in
+// order and round to the type of the data after every addition, as rings do.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -32,7 +32,7 @@ namespace {
 std::map<const ncclComm*, std::shared_ptr<ncclComm>> communicators;
 std::string last_error;
 
-// --- refusals -----------------------------------------------------------------------------------------------------------
+// --- refusals --------------------------------------------------------------------------------------------------------
 
 [[noreturn]] __attribute__((format(printf, 2, 3))) void refuse(ncclResult_t result, const char* format, ...) {
   char reason[256];
@@ -43,7 +43,8 @@ std::string last_error;
   throw Failure{result, reason};
 }
 
-// The result of an entry point: what `body` throws, or success. A refused call is a bug of the caller, so it is reported.
+// The result of an entry point: what `body` throws, or success. A refused call is a bug of the caller, so it is
+// reported.
 template <typename Body>
 ncclResult_t answer(const char* function, Body body) {
   try {
@@ -62,7 +63,7 @@ std::shared_ptr<ncclComm> find(ncclComm_t comm) {
   return found->second;
 }
 
-// --- arithmetic ---------------------------------------------------------------------------------------------------------
+// --- arithmetic ------------------------------------------------------------------------------------------------------
 
 size_t element_size(int type) {
   static const size_t sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
@@ -114,7 +115,7 @@ void reduce_bytes(void* out, const std::vector<const void*>& ranks, size_t bytes
   }
 }
 
-// --- one call of one rank -------------------------------------------------------------------------------------------------
+// --- one call of one rank --------------------------------------------------------------------------------------------
 
 struct Request {
   std::shared_ptr<ncclComm> comm;
@@ -206,7 +207,7 @@ void run_collective(const Request& request) {
   }
 }
 
-// --- messages -----------------------------------------------------------------------------------------------------------
+// --- messages --------------------------------------------------------------------------------------------------------
 
 struct Transfer {
   const Request* request;
@@ -283,7 +284,7 @@ void run_transfers(const std::vector<Request>& requests) {
   ranks.wait_until(move_all, what);
 }
 
-// --- streams and groups ---------------------------------------------------------------------------------------------------
+// --- streams and groups ----------------------------------------------------------------------------------------------
 
 thread_local int group_depth = 0;
 thread_local std::vector<Request> group;
@@ -386,7 +387,7 @@ void check_config(const ncclConfig_t& config) {
 
 extern "C" {
 
-// --- communicators ------------------------------------------------------------------------------------------------------
+// --- communicators ---------------------------------------------------------------------------------------------------
 
 ncclResult_t ncclGetVersion(int* version) {
   return answer("ncclGetVersion", [&] {
@@ -470,7 +471,7 @@ const char* ncclGetErrorString(ncclResult_t result) {
 
 const char* ncclGetLastError(ncclComm_t) { return last_error.c_str(); }
 
-// --- groups -------------------------------------------------------------------------------------------------------------
+// --- groups ----------------------------------------------------------------------------------------------------------
 
 ncclResult_t ncclGroupStart() {
   group_depth++;
@@ -491,7 +492,7 @@ ncclResult_t ncclGroupEnd() {
   return result != ncclSuccess ? result : error;
 }
 
-// --- operations -----------------------------------------------------------------------------------------------------------
+// --- operations ------------------------------------------------------------------------------------------------------
 
 ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t type, ncclRedOp_t reduction,
                            ncclComm_t comm, cudaStream_t stream) {

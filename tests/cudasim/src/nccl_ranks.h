@@ -1,7 +1,7 @@
 // The ranks of a simulated NCCL communicator: processes of one machine that share memory and wait for each other.
 //
-// The memory has no name in /dev/shm, so that a crash leaves nothing behind: it is an anonymous file of the process that made
-// the unique id, which the others open through /proc. It lives until the last process has gone.
+// The memory has no name in /dev/shm, so that a crash leaves nothing behind: it is an anonymous file of the process
+// that made the unique id, which the others open through /proc. It lives until the last process has gone.
 #pragma once
 
 #include <nccl.h>
@@ -66,8 +66,8 @@ class Ranks {
   const int size, rank;
   SharedMemory& shared() { return *shared_; }
 
-  // Waits until ready() is true. `what` says for whom and for what in the message of the Failure that ends a wait in which
-  // nothing has happened for CUDASIM_NCCL_TIMEOUT seconds, or another rank has failed.
+  // Waits until ready() is true. `what` says for whom and for what in the message of the Failure that ends a wait in
+  // which nothing has happened for CUDASIM_NCCL_TIMEOUT seconds, or another rank has failed.
   void wait_until(const std::function<bool()>& ready, const std::function<std::string()>& what);
   void signal();                      // wakes the others, for whom something has changed
   void meet(const std::string& why);  // waits until all ranks are here

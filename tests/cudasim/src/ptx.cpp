@@ -1,6 +1,7 @@
 // The part of the PTX instructions that moves registers between lanes, and the list of pending asynchronous copies.
-// Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "... for mma.m16n8k8" (.tf32) and
-// "Warp-level matrix load instruction: ldmatrix". There groupID = laneid / 4 and threadID_in_group = laneid % 4.
+// Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "... for mma.m16n8k8"
+// (.tf32) and "Warp-level matrix load instruction: ldmatrix". There groupID = laneid / 4 and threadID_in_group = laneid
+// % 4.
 #include "cudasim/ptx.h"
 
 #include <algorithm>

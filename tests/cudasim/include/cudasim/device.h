@@ -260,65 +260,32 @@ CUDASIM_CAST(__float_as_uint, unsigned, float)
 CUDASIM_CAST(__float_as_int, int, float)
 CUDASIM_CAST(__uint_as_float, float, unsigned)
 CUDASIM_CAST(__int_as_float, float, int)
-CUDASIM_CAST(__double_as_longlong, long long, double)
-CUDASIM_CAST(__longlong_as_double, double, long long)
 #undef CUDASIM_CAST
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)(x)) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline unsigned __brev(unsigned x) {
-  unsigned result = 0;
-  for (int i = 0; i < 32; i++) result |= (x >> i & 1) << (31 - i);
-  return result;
-}
 inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned((uint64_t(x) * y) >> 32); }
-inline int __mulhi(int x, int y) { return int((int64_t(x) * y) >> 32); }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return unsigned(((uint64_t(high) << 32 | low) << (shift & 31)) >> 32);
 }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
 }
-// Byte i of the result is byte (selector >> 4·i) & 7 of y:x; bit 3 of the selector replicates that byte's sign.
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const uint64_t bytes = uint64_t(y) << 32 | x;
-  unsigned result = 0;
-  for (int i = 0; i < 4; i++) {
-    const unsigned select = selector >> 4 * i;
-    const unsigned byte = unsigned(bytes >> 8 * (select & 7)) & 0xff;
-    result |= (select & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i;
-  }
-  return result;
-}
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __exp10f(float x) { return std::pow(10.0f, x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __log2f(float x) { return std::log2(x); }
-inline float __sinf(float x) { return std::sin(x); }
-inline float __cosf(float x) { return std::cos(x); }
 inline float __powf(float x, float y) { return std::pow(x, y); }
 inline float __tanhf(float x) { return std::tanh(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __saturatef(float x) { return x > 1.0f ? 1.0f : x > 0.0f ? x : 0.0f; }  // NaN becomes 0
-inline float __int2float_rn(int x) { return float(x); }
-inline float __uint2float_rn(unsigned x) { return float(x); }
-inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return int(x); }
 
 template <typename A, typename B>
 inline std::common_type_t<A, B> max(A a, B b) {

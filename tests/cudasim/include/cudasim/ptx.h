@@ -1,8 +1,9 @@
 // The PTX instructions that csrc/cuda/ptx.cuh wraps, with the meaning and the fragment layouts of the PTX ISA.
 //
-// Everything that touches memory (rows of ldmatrix, both ends of cp.async) is inline here: it is compiled into the kernel's
-// own, instrumented module and runs in the kernel's thread, so the checker sees bounds, races and uninitialised reads at the
-// kernel's source line. What only moves registers lives in the library, which is not instrumented.
+// Everything that touches memory (rows of ldmatrix, both ends of cp.async) is inline here: it is compiled into the
+// kernel's own, instrumented module and runs in the kernel's thread, so the checker sees bounds, races and
+// uninitialised reads at the kernel's source line. What only moves registers lives in the library, which is not
+// instrumented.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,16 +38,16 @@ void distribute_matrices(uint32_t* r, int count, bool transposed, const uint4* r
 // Notes the copy as pending in the running thread; false if the addresses are unusable (reported).
 bool issue_copy(AsyncCopy copy, const char* file, int line);
 void commit_copies();
-// Takes the oldest copy that must be complete when at most `groups` committed groups of the running thread may be pending;
-// false if there is none.
+// Takes the oldest copy that must be complete when at most `groups` committed groups of the running thread may be
+// pending; false if there is none.
 bool next_copy(int groups, AsyncCopy& copy);
 
 inline unsigned lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
 }  // namespace detail
 
-// ldmatrix.sync.aligned.m8n8.xN{.trans}.shared.b16: N = 1, 2 or 4 matrices. Lane 8i+j points at row j (16 bytes) of matrix i;
-// the pointers of lanes from 8N on are not used.
+// ldmatrix.sync.aligned.m8n8.xN{.trans}.shared.b16: N = 1, 2 or 4 matrices. Lane 8i+j points at row j (16 bytes) of
+// matrix i; the pointers of lanes from 8N on are not used.
 template <int N, bool Transposed>
 CUDASIM_INLINE void ldmatrix(uint32_t (&r)[N], const void* row, CUDASIM_HERE) {
   static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");
@@ -70,8 +71,8 @@ CUDASIM_INLINE void cp_async_16(void* shared, const void* global, bool valid, CU
 // cp.async.commit_group: the copies issued since the last commit become the thread's newest group (it may be empty).
 inline void cp_async_commit() { detail::commit_copies(); }
 
-// cp.async.wait_group N: at most the thread's N newest groups stay pending, all older ones are complete and visible to this
-// thread (others need a barrier after it). Copies that were never committed are not waited for.
+// cp.async.wait_group N: at most the thread's N newest groups stay pending, all older ones are complete and visible to
+// this thread (others need a barrier after it). Copies that were never committed are not waited for.
 template <int N>
 CUDASIM_INLINE void cp_async_wait() {
   AsyncCopy copy;
@@ -79,7 +80,8 @@ CUDASIM_INLINE void cp_async_wait() {
     *static_cast<uint4*>(copy.shared) = copy.global ? *static_cast<const uint4*>(copy.global) : uint4{};
 }
 
-// cvt.rna.tf32.f32: the nearest value with 10 fraction bits, ties away from zero; the low 13 bits of the result are zero.
+// cvt.rna.tf32.f32: the nearest value with 10 fraction bits, ties away from zero; the low 13 bits of the result are
+// zero.
 inline uint32_t to_tf32(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
