@@ -24,6 +24,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import scipy_openblas32
 import torch
@@ -35,10 +36,10 @@ from llmc.peak import peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMULATOR = ROOT / "build" / "cudasim"
-GPUS = {  # name in the table: (name of the device, bytes/s of its memory by NVIDIA's data sheets)
-    "A100": ("NVIDIA A100-SXM4-80GB", 2039e9),
-    "H100": ("NVIDIA H100 80GB HBM3", 3350e9),
-}
+GPUS = {  # name in the table: (name of the device, bytes/s of its memory, flop/s of fp32 without tensor cores)
+    "A100": ("NVIDIA A100-SXM4-80GB", 2039e9, 19.5e12),
+    "H100": ("NVIDIA H100 80GB HBM3", 3350e9, 67e12),
+}  # by NVIDIA's data sheets
 CUBLAS, MEMSET = "cuBLASLt", "memset"
 
 
@@ -50,7 +51,8 @@ class Step:
     descriptor: str
     B: int
     T: int = 1024
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    tf32: bool = True
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -66,7 +68,12 @@ STEPS = [
     Step("124M", "d12", B=64),
     Step("350M", "d24", B=32),
     Step("1558M", "d48", B=16),
+    # Other kernels: of longer and shorter heads, and of fp32 with and without TF32.
+    Step("GPT-3 760M", "gpt3:c1536", B=16),
+    Step("GPT-3 1.3B", "gpt3:c2048", B=16),
+    Step("Shakespeare", "custom:l=4,c=128,h=4,t=128,v=65", B=4, T=128),
     Step("124M fp32", "d12", B=16, precision="fp32"),
+    Step("124M fp32 -f 0", "d12", B=16, precision="fp32", tf32=False),
 ]
 
 
@@ -122,7 +129,12 @@ class Recorder:
             channels=s.channels,
         )
         options = self.core.Options(
-            batch_size=step.B, seq_len=step.T, precision=step.precision, grad_dtype=step.precision, device="cuda"
+            batch_size=step.B,
+            seq_len=step.T,
+            precision=step.precision,
+            grad_dtype=step.precision,
+            device="cuda",
+            tf32=step.tf32,
         )
         model = self.core.GPT2(config, options)
         tokens = torch.zeros(step.B, step.T, dtype=torch.int64)
@@ -198,6 +210,10 @@ WORK: dict[str, Callable[[Sizes], Work]] = {  # by a pattern of the kernel's nam
     "layernorm_forward_kernel<*false>": lambda s: Work(2 * s.x * s.N * s.C),
     "layernorm_forward_kernel<*true>": lambda s: Work(2 * s.L * 4 * s.x * s.N * s.C),
     "layernorm_backward_kernel*": lambda s: Work((2 * s.L + 1) * 4 * s.x * s.N * s.C),
+    "attention_forward_kernel*": lambda s: Work(s.L * s.N * (4 * s.x * s.C + 4 * s.NH), 2 * s.attention),
+    "attention_delta_kernel*": lambda s: Work(s.L * s.N * (2 * s.x * s.C + 4 * s.NH)),
+    "attention_dq_kernel*": lambda s: Work(s.L * s.N * (5 * s.x * s.C + 8 * s.NH), 3 * s.attention),
+    "attention_dkdv_kernel*": lambda s: Work(s.L * s.N * (6 * s.x * s.C + 8 * s.NH), 4 * s.attention),
     "bias_partials_kernel*": lambda s: Work(9 * s.L * s.x * s.N * s.C),
     "add_groups_kernel*": lambda s: Work(2 * s.x * s.C * (9 * s.L + 2 * (2 * s.L + 1))),
     "gelu_forward_kernel*": lambda s: Work(2 * s.L * 2 * s.x * s.N * 4 * s.C),
@@ -219,9 +235,9 @@ def work_of(kernel: str, sizes: Sizes) -> Work:
     return matching[0](sizes)
 
 
-def least_seconds(work: Work, gpu: str, precision: str) -> float:
-    device, bandwidth = GPUS[gpu]
-    peak = peak_flops(device, "bf16" if precision == "bf16" else "fp32")
+def least_seconds(work: Work, gpu: str, step: Step) -> float:
+    device, bandwidth, fp32_peak = GPUS[gpu]
+    peak = peak_flops(device, step.precision) if step.precision == "bf16" or step.tf32 else fp32_peak
     assert peak is not None
     return max(work.bytes / bandwidth, work.flops / peak)
 
@@ -256,7 +272,7 @@ def rows(step: Step, launches: list[Launch]) -> list[list[str]]:
         memset = sum(launch.bytes for launch in launches if launch.kernel == kernel)
         work = Work(memset) if kernel == MEMSET else work_of(kernel, sizes)
         total = Work(total.bytes + work.bytes, total.flops + work.flops)
-        seconds = {gpu: least_seconds(work, gpu, step.precision) for gpu in GPUS}
+        seconds = {gpu: least_seconds(work, gpu, step) for gpu in GPUS}
         times = {gpu: times[gpu] + seconds[gpu] for gpu in GPUS}
         table.append(row(step, kernel, threads, dynamic_shared, count, work, seconds))
     table.append(row(step, "all", 0, 0, len(launches), total, times))

@@ -536,8 +536,8 @@ def test_rule(name: str) -> None:
 
 
 def test_interleaved_matrices_do_not_overlap() -> None:
-    """D's columns lie in the gaps between B's."""
-    p = Product(m=8, n=10, k=16, gap=16, preference={"ALIGNMENT_D": 16})
+    """D's columns fill the gaps between B's."""
+    p = Product(m=16, n=10, k=16, gap=16, preference={"ALIGNMENT_D": 32})
     p.address, p.shift, p.layouts = {"D": "B"}, {"D": 32}, {"D": {"LD": 32}}
     assert p.run() == DONE
 

@@ -37,7 +37,7 @@ class UniqueId(ctypes.Structure):
 
 def make_id() -> UniqueId:
     unique_id = UniqueId()
-    assert nccl.ncclGetUniqueId(ctypes.byref(unique_id)) == SUCCESS
+    assert load_library().ncclGetUniqueId(ctypes.byref(unique_id)) == SUCCESS
     return unique_id
 
 

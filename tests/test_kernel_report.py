@@ -26,6 +26,13 @@ PROMISES = {
     "adamw_kernel<*>": (3, 3, False),
     "add_groups_kernel<*>": (1, 0, False),
     "add_partials_kernel": (0, 0, False),  # up to 1024 numbers
+    "attention_delta_kernel<*>": (2, 0, False),
+    "attention_dkdv_kernel<attention::Fp32, *>": (4, 2, False),
+    "attention_dkdv_kernel<attention::[BT]*>": (4, 2, True),
+    "attention_dq_kernel<attention::Fp32, *>": (4, 1, False),
+    "attention_dq_kernel<attention::[BT]*>": (4, 1, True),
+    "attention_forward_kernel<attention::Fp32, *>": (3, 1, False),
+    "attention_forward_kernel<attention::[BT]*>": (3, 1, True),
     "bias_partials_kernel<*>": (1, 1, False),
     "cast_kernel<bf16, float>": (1, 0, False),
     "cast_kernel<float, bf16>": (0, 1, False),
@@ -364,6 +371,7 @@ def test_work_of_a_step(kernel_launches):
         "layernorm_backward_kernel<bf16, 256, 2>": 25 * 4 * residual,
         "gelu_forward_kernel<bf16>": 24 * 8 * residual,
         "gelu_backward_kernel<bf16>": 12 * 12 * residual,
+        "attention_delta_kernel<bf16>": 12 * (2 * residual + 65536 * 12 * 4),
         "bias_partials_kernel<bf16>": 12 * 9 * residual,
         "fused_classifier_kernel<bf16>": 2 * 65536 * 50304 * 2,
         "adamw_kernel<bf16, bf16>": 124475904 * 28,
@@ -371,6 +379,11 @@ def test_work_of_a_step(kernel_launches):
     }
     for kernel, moved in expected.items():
         assert kernel_launches.work_of(kernel, sizes) == kernel_launches.Work(moved), kernel
+    forward = kernel_launches.work_of("attention_forward_kernel<attention::Bf16, 64, bf16>", sizes)
+    assert forward.bytes == 12 * (4 * residual + 65536 * 12 * 4)
+    assert (
+        forward.flops == 12 * 64 * 12 * (2 * 1024 * 1024 * 64 * 2) / 2
+    )  # two products for each head, half of it future
     products = kernel_launches.work_of("cuBLASLt", sizes)
     weights = 12 * 12 * 768 * 768 + 50304 * 768
     assert products.flops == 6 * 65536 * weights
@@ -380,9 +393,15 @@ def test_work_of_a_step(kernel_launches):
 
 
 def test_the_least_time_of_a_step_is_the_slower_of_memory_and_arithmetic(kernel_launches):
-    """A100: 2039 GB/s, 312 TFLOP/s in bf16, half of that in TF32. 1 %: the peak is SMs times clock."""
-    Work = kernel_launches.Work
-    assert kernel_launches.least_seconds(Work(2039e9, 1e12), "A100", "bf16") == pytest.approx(1, rel=0.01)
-    assert kernel_launches.least_seconds(Work(2039e9, 624e12), "A100", "bf16") == pytest.approx(2, rel=0.01)
-    assert kernel_launches.least_seconds(Work(0, 312e12), "A100", "fp32") == pytest.approx(2, rel=0.01)
-    assert kernel_launches.least_seconds(Work(3350e9), "H100", "bf16") == pytest.approx(1, rel=0.01)
+    """A100: 2039 GB/s; 312 TFLOP/s in bf16, half of that in TF32, 19.5 in fp32. 1 %: peaks are SMs times clock."""
+    Step, Work = kernel_launches.Step, kernel_launches.Work
+    bf16, tf32 = Step("", "d12", 1), Step("", "d12", 1, precision="fp32")
+    fp32 = Step("", "d12", 1, precision="fp32", tf32=False)
+    for work, gpu, step, seconds in (
+        (Work(2039e9, 1e12), "A100", bf16, 1),
+        (Work(2039e9, 624e12), "A100", bf16, 2),
+        (Work(0, 312e12), "A100", tf32, 2),
+        (Work(0, 19.5e12), "A100", fp32, 1),
+        (Work(3350e9), "H100", bf16, 1),
+    ):
+        assert kernel_launches.least_seconds(work, gpu, step) == pytest.approx(seconds, rel=0.01)

@@ -1,8 +1,8 @@
 // AdamW: one pass over each element's data; an element is independent of all others.
 //
-// The slices travel as a table in the kernel's parameters, so that all tensors of a unit are one launch. Every block works
-// on one slice. A thread takes four elements: m, v and master are read and written by 128-bit accesses of consecutive
-// addresses (bf16 parameters and gradients, 4 of the 28 bytes of an element, by 64-bit ones).
+// The slices travel as a table in the kernel's parameters, so that all tensors of a unit are one launch. Every block
+// works on one slice. A thread takes four elements: m, v and master are read and written by 128-bit accesses of
+// consecutive addresses (bf16 parameters and gradients, 4 of the 28 bytes of an element, by 64-bit ones).
 #include <algorithm>
 #include <cmath>
 

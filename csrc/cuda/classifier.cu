@@ -1,12 +1,14 @@
 // Loss head: softmax, cross-entropy and its gradient, one block per row.
 //
 // First pass: every thread keeps the maximum and the sum of exponentials of its columns up to date (online softmax,
-// Milakov and Gimelshein 2018), so that the row is read once; the block combines them. Second pass: the gradient, in place,
-// over the columns in reverse order: what the first pass has read last is still in the L1 cache, the rest in the L2 cache.
-// Blocks take the rows from the last to the first, as the matrix product before has left the last ones in the L2 cache.
+// Milakov and Gimelshein 2018), so that the row is read once; the block combines them. Second pass: the gradient, in
+// place, over the columns in reverse order: what the first pass has read last is still in the L1 cache, the rest in the
+// L2 cache. Blocks take the rows from the last to the first, as the matrix product before has left the last ones in the
+// L2 cache.
 //
-// Columns up to the last whole vector below V go by 128-bit accesses, if Vp lets all rows start at multiples of 16 bytes;
-// the others, padding included, one by one. The threads of a row and so the order of additions depend on V and Vp alone.
+// Columns up to the last whole vector below V go by 128-bit accesses, if Vp lets all rows start at multiples of 16
+// bytes; the others, padding included, one by one. The threads of a row and so the order of additions depend on V and
+// Vp alone.
 #include <cfloat>
 
 #include "core/dispatch.h"
@@ -32,7 +34,8 @@ __device__ float block_max(float x) {
 }
 
 // e^x for differences x <= 0 of logits. The fast form is off by at most 2 + 1.2·|x| units in the last place (CUDA C++
-// Programming Guide). That is an error of 2.4e-7 at most, where the largest term of the sum is 1: as good as two additions.
+// Programming Guide). That is an error of 2.4e-7 at most, where the largest term of the sum is 1: as good as two
+// additions.
 __device__ float fast_exp(float x) { return __expf(x); }
 
 // The largest logit so far and Σ exp(logit - max).

@@ -21,8 +21,9 @@ struct ColumnSums {
   G* second = nullptr;  // (C), or absent
 };
 
-// first[c] += Σ_group partials[group, 0, c], second[c] += Σ_group partials[group, 1, c]. Block (x,y) has some columns of the
-// y-th output. A thread takes four columns by 128-bit loads; the eight threads of a lane take a whole cache line.
+// first[c] += Σ_group partials[group, 0, c], second[c] += Σ_group partials[group, 1, c]. Block (x,y) has some columns
+// of the y-th output. A thread takes four columns by 128-bit loads; the eight threads of a lane take a whole cache
+// line.
 template <typename G>
 __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
     add_groups_kernel(ColumnSums<G> out, const float* partials, int groups, int64_t C) {

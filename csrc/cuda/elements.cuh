@@ -18,7 +18,8 @@ namespace llmc::cuda {
 template <typename... Ts>
 constexpr int kWidth = std::min({Packed<Ts>::size...});
 
-// x = p[0..N-1]; p must be aligned to N elements or 16 bytes, whichever is less. N elements are 1, 8 bytes or 16·k bytes.
+// x = p[0..N-1]; p must be aligned to N elements or 16 bytes, whichever is less. N elements are 1, 8 bytes or 16·k
+// bytes.
 template <int N, typename T>
 __device__ inline void load_elements(float (&x)[N], const T* p) {
   if constexpr (N == 1) {
@@ -74,8 +75,8 @@ struct Count {
 };
 
 // The share of one thread, its number given, in an elementwise kernel over n elements: N of them, fewer at the end.
-// Calls work(i, count) for elements i to i + count - 1: once with Count<N> if the tensors are aligned, else with Count<1>
-// for one after the other.
+// Calls work(i, count) for elements i to i + count - 1: once with Count<N> if the tensors are aligned, else with
+// Count<1> for one after the other.
 template <int N, typename F>
 __device__ inline void for_elements(int64_t thread, int64_t n, bool aligned, F work) {
   const int64_t begin = thread * N;

@@ -1,9 +1,9 @@
 // Token and position embedding.
 //
 // Forward: a warp per row. Backward: a warp sums the rows of dout that belong to one row of dwte or dwpe, for as many
-// columns as its lanes hold by 128-bit loads, and adds the sum once. Sums of up to 32 rows, and all of dwpe, are formed row
-// after row. A token that occurs more often is shared by the warps of a block: each sums every kWarps-th chunk of 32
-// rows, then the warps' sums are added in order. So the result does not depend on who runs when.
+// columns as its lanes hold by 128-bit loads, and adds the sum once. Sums of up to 32 rows, and all of dwpe, are formed
+// row after row. A token that occurs more often is shared by the warps of a block: each sums every kWarps-th chunk of
+// 32 rows, then the warps' sums are added in order. So the result does not depend on who runs when.
 #include "core/dispatch.h"
 #include "core/integers.h"
 #include "core/random.h"
@@ -57,8 +57,8 @@ __device__ void add_rows(float (&sum)[W], const X* dout, int count, Position pos
   }
 }
 
-// How many of the 32 positions from order[begin] on hold the token; they come first, as order is sorted by token and none
-// before begin holds a larger one. All lanes must call.
+// How many of the 32 positions from order[begin] on hold the token; they come first, as order is sorted by token and
+// none before begin holds a larger one. All lanes must call.
 __device__ int count_token(const int32_t* tokens, const int32_t* order, int64_t begin, int64_t N, int token) {
   const int64_t i = begin + threadIdx.x % kWarp;
   return __popc(__ballot_sync(kFullMask, i < N && tokens[order[i]] == token));
@@ -85,8 +85,8 @@ __device__ void add_once(G* gradient, const float (&sum)[W], int64_t row, int co
   store_elements(p, x);
 }
 
-// Warp w of block (x,y) looks whether a token's positions start at order[x·kWarps + w], and sums them in the y-th block of
-// columns.
+// Warp w of block (x,y) looks whether a token's positions start at order[x·kWarps + w], and sums them in the y-th block
+// of columns.
 template <typename G, typename X>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     dwte_kernel(G* dwte, const X* dout, const int32_t* tokens, const int32_t* order, int64_t N, int C, uint32_t seed) {

@@ -12,8 +12,8 @@ constexpr float kSlope = 1.59576912f;  // 2·√(2/π)
 constexpr float kCubic = 0.044715f;
 
 // With u the argument of tanh, 0.5·(1 + tanh u) = 1/(1 + e^(-2u)): one exponential, and nothing cancels for negative u.
-// For bf16 results the fast exponential and division serve: their relative error is below 2^-16 while |2u| < 87, and a bf16
-// has 8 bits; beyond, the result is x, or below 1e-35 and perhaps 0.
+// For bf16 results the fast exponential and division serve: their relative error is below 2^-16 while |2u| < 87, and a
+// bf16 has 8 bits; beyond, the result is x, or below 1e-35 and perhaps 0.
 template <typename X>
 __device__ float exponential(float x) {
   if constexpr (sizeof(X) == 2) {

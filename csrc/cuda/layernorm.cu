@@ -1,14 +1,15 @@
 // Layer normalisation.
 //
-// Forward: a warp takes a row, a block takes a long one. The first pass over the row keeps it in shared memory (a thread
-// reads back only what it wrote itself, so there is no barrier); the second takes the variance about the mean, which does
-// not cancel for rows far from zero; the third writes the output. So every tensor is read once, unless a row is too long to
-// be kept.
+// Forward: a warp takes a row, a block takes a long one. The first pass over the row keeps it in shared memory (a
+// thread reads back only what it wrote itself, so there is no barrier); the second takes the variance about the mean,
+// which does not cancel for rows far from zero; the third writes the output. So every tensor is read once, unless a row
+// is too long to be kept.
 //
-// Backward: the rows are cut into groups (ops/workspace.h). A block takes a group; each of its threads takes 128 bits of
-// every row, always the same columns, and has their shares of dweight and dbias in registers. The block forms the means of
-// two rows with one barrier, then writes their dx: every tensor is read once. Rows too long for that take two kernels: one
-// for dweight and dbias, one for dx, a block per row. In the end the groups are added in a fixed order (column_sums.cuh).
+// Backward: the rows are cut into groups (ops/workspace.h). A block takes a group; each of its threads takes 128 bits
+// of every row, always the same columns, and has their shares of dweight and dbias in registers. The block forms the
+// means of two rows with one barrier, then writes their dx: every tensor is read once. Rows too long for that take two
+// kernels: one for dweight and dbias, one for dx, a block per row. In the end the groups are added in a fixed order
+// (column_sums.cuh).
 #include "core/dispatch.h"
 #include "core/integers.h"
 #include "cuda/column_sums.cuh"
@@ -37,8 +38,8 @@ __device__ float row_sum(float x) {
   }
 }
 
-// One row; thread is this thread's number among the kRowThreads that share it. Both forms of the forward pass use it, so
-// that they give the same bits: first_pass(c) gives the row's elements from c on, once; kept(c) gives them again.
+// One row; thread is this thread's number among the kRowThreads that share it. Both forms of the forward pass use it,
+// so that they give the same bits: first_pass(c) gives the row's elements from c on, once; kept(c) gives them again.
 template <typename X, int kRowThreads, typename FirstPass, typename Kept>
 __device__ void normalise(X* out, float* mean_out, float* rstd_out, const X* weight, const X* bias, int C, int thread,
                           FirstPass first_pass, Kept kept) {

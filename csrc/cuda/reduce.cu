@@ -1,8 +1,8 @@
-// Sums over whole tensors, in two stages: every block adds up some chunks of the tensors into one number, then one block
-// adds these numbers. Which chunks a block takes and the order of the additions depend on the sizes alone.
+// Sums over whole tensors, in two stages: every block adds up some chunks of the tensors into one number, then one
+// block adds these numbers. Which chunks a block takes and the order of the additions depend on the sizes alone.
 //
-// A thread adds the few elements of its share of a chunk in fp32 and the shares in double, so the error does not grow with
-// the size of the tensor.
+// A thread adds the few elements of its share of a chunk in fp32 and the shares in double, so the error does not grow
+// with the size of the tensor.
 #include <algorithm>
 
 #include "core/dispatch.h"

@@ -10,8 +10,8 @@ namespace llmc::workspace {
 constexpr int64_t kCublas = int64_t(32) << 20;  // what NVIDIA recommends for Hopper; smaller GPUs need less
 
 // Sums over the N rows of a matrix are formed in groups of rows, which are then added. Many groups keep a GPU busy when
-// there are few columns; few make the second step cheap, and the memory for their sums small when there are many columns.
-// The cut depends on the shape alone, so the result is the same on every GPU.
+// there are few columns; few make the second step cheap, and the memory for their sums small when there are many
+// columns. The cut depends on the shape alone, so the result is the same on every GPU.
 constexpr int64_t kGroupRows = 16;  // fewest rows of a group
 constexpr int64_t kMaxGroups = 512;
 constexpr int64_t kMaxGroupSums = int64_t(1) << 20;  // groups · columns, unless one group has more

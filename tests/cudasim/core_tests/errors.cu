@@ -59,12 +59,13 @@ __global__ void shuffle_is_no_fence(float* out) {
   out[threadIdx.x] = values[threadIdx.x ^ 1];  // here: shuffle_is_no_fence
 }
 
-// Half warps that exchange data only among themselves.
+// Half warps may exchange data only among themselves, although all lanes have written when the first one reads.
 template <bool kWrong>
 __global__ void half_warp_sync(float* out) {
   __shared__ float values[32];
   const unsigned lane = threadIdx.x, half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
   values[lane] = float(lane);  // other: half_warp_sync
+  out[lane] = __shfl_sync(kAll, 1.0f, 0);
   __syncwarp(half);
   out[lane] = values[kWrong ? 31 - lane : lane ^ 15];  // here: half_warp_sync
 }

@@ -139,7 +139,7 @@ void release_and_acquire(const volatile void* address) {
     return;
   }
   acquired[address] = list.size();
-  if (last_fence > block_begin) list.push_back({block_begin, last_fence});
+  list.push_back({block_begin, last_fence});
 }
 
 // Whether the running block has acquired what another block of the launch did at that time.

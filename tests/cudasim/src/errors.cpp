@@ -64,7 +64,7 @@ using namespace cudasim;
 cudaError_t cudaGetLastError() {
   const ApiCall call;
   const cudaError_t error = last_error;
-  last_error = sticky;
+  last_error = cudaSuccess;
   return error;
 }
 
