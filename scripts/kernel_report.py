@@ -39,7 +39,7 @@ class Kernel:
     static_shared: int  # of a block
     dynamic_shared: int | None  # of a block as launched, None for kernels that no run of docs/launches.csv launches
     threads: int | None  # of a block
-    occupancy: int | None  # per cent of the warps an SM can hold
+    occupancy: float | None  # per cent of the warps an SM can hold
     wide_loads: int  # of global memory, 128 bits or more for each thread
     narrow_loads: int
     wide_stores: int
@@ -207,7 +207,7 @@ def report(objects: Iterable[Path], launches: dict[str, Launch]) -> list[Kernel]
                     dynamic_shared=launch and launch.dynamic_shared,
                     threads=launch and launch.threads,
                     occupancy=launch
-                    and round(100 * occupancy(arch, launch.threads, usage["REG"], shared + launch.dynamic_shared)),
+                    and round(100 * occupancy(arch, launch.threads, usage["REG"], shared + launch.dynamic_shared), 1),
                     wide_loads=counts["wide_loads"],
                     narrow_loads=counts["narrow_loads"],
                     wide_stores=counts["wide_stores"],

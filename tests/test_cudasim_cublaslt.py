@@ -548,9 +548,12 @@ def test_epilogue_without_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
         for algo in ("queried", "none"):
             stage, status, reason = Product(epilogue=epilogue, algo=algo).run()
             if epilogue in ("DGELU", "GELU_AUX_BIAS"):
-                assert (stage, status) == ("query", NOT_SUPPORTED) and "CUDASIM_CUBLASLT_WITHOUT" in reason
+                assert (stage, status) == ("query", NOT_SUPPORTED) and "names the epilogue" in reason
             else:
                 assert stage == "done"
+    monkeypatch.setenv("CUDASIM_CUBLASLT_WITHOUT", "GELU_")
+    stage, status, reason = Product().run()
+    assert (stage, status) == ("query", INVALID_VALUE) and "GELU_, which is not an epilogue" in reason
 
 
 @pytest.mark.parametrize("name, changes", [("A", {}), ("C", {"beta": 1.0}), ("bias", BIAS), ("aux", DGELU)])

@@ -79,7 +79,7 @@ struct Inputs {
 
 // Block (b·NH + h, query tile counted from the last).
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
-__global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads)
+__global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
     attention_dq_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int T, int NH,
                         int HS, float scale) {
   using B = Block<Arithmetic, kHS>;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads)
 
 // Block (b·NH + h, key tile). The products are transposed: rows are keys, columns are queries.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
-__global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads)
+__global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
     attention_dkdv_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int T, int NH,
                           int HS, float scale) {
   using B = Block<Arithmetic, kHS>;

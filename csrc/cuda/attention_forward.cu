@@ -29,7 +29,7 @@ constexpr size_t kSharedBytes =
 
 // Block (b·NH + h, query tile counted from the last). scale = 1/√HS.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_forward_kernel(X* out, float* lse, const X* qkv, int T, int NH, int HS, float scale) {
   constexpr int kKeys = llmc::cuda::kKeys<Arithmetic, kHS>;
   using KeyTile = Tile<X, kKeys, kHS>;

@@ -27,17 +27,17 @@ enum class Loading { Right, WithoutBarrier, Uninitialised, Misaligned, FromGloba
 // memory.
 template <int N, bool Transposed>
 __global__ void ldmatrix_kernel(uint32_t* registers, const uint4* matrices, Loading how) {
-  constexpr int pitch = 9;
+  constexpr int kPitch = 9;
   uint4* rows = reinterpret_cast<uint4*>(cudasim::dynamic_shared());
   const int lane = threadIdx.x;
   const int used = how == Loading::Uninitialised ? 8 * N - 1 : 8 * N;
   // Lane 31 - i writes row i: every lane reads what another has written.
-  if (31 - lane < used) rows[pitch * (31 - lane)] = matrices[31 - lane];
+  if (31 - lane < used) rows[kPitch * (31 - lane)] = matrices[31 - lane];
   if (how != Loading::WithoutBarrier) __syncwarp();
-  const void* row = rows + pitch * (lane % (8 * N));
+  const void* row = rows + kPitch * (lane % (8 * N));
   if (how == Loading::Misaligned) row = reinterpret_cast<const char*>(row) + 2;
   if (how == Loading::FromGlobal) row = matrices + lane % (8 * N);
-  if (how == Loading::BeyondShared) row = rows + pitch * (lane % (8 * N) + 1);
+  if (how == Loading::BeyondShared) row = rows + kPitch * (lane % (8 * N) + 1);
   uint32_t r[N];
   cudasim::ldmatrix<N, Transposed>(r, row);
   for (int i = 0; i < N; i++) registers[lane * N + i] = r[i];
@@ -60,21 +60,21 @@ enum class Copying {
   FromShared,
 };
 
-constexpr int threads = 64;
+constexpr int kThreads = 64;
 
 // out (2,64) = in (2,64); each thread copies one element of both rows to shared memory, its neighbour reads it.
 // Element i is replaced by zeros for i >= valid.
 __global__ void cp_async_kernel(uint4* out, const uint4* in, int valid, Copying how) {
-  __shared__ uint4 buffer[2][threads];
-  const int own = threadIdx.x, neighbour = (own + 1) % threads;
-  const uint4* source = in + (how == Copying::BeyondTheSource ? 2 * threads - 2 : 0) + own;
+  __shared__ uint4 buffer[2][kThreads];
+  const int own = threadIdx.x, neighbour = (own + 1) % kThreads;
+  const uint4* source = in + (how == Copying::BeyondTheSource ? 2 * kThreads - 2 : 0) + own;
   void* destination = &buffer[0][own];
   if (how == Copying::Misaligned) destination = reinterpret_cast<char*>(destination) + 8;
   if (how == Copying::FromShared) source = &buffer[1][own];
   cudasim::cp_async_16(destination, source, own < valid);
   if (how == Copying::NeverWaited) return;
   if (how != Copying::WithoutCommit) cudasim::cp_async_commit();
-  cudasim::cp_async_16(&buffer[1][own], in + threads + own, threads + own < valid);
+  cudasim::cp_async_16(&buffer[1][own], in + kThreads + own, kThreads + own < valid);
   if (how != Copying::WithoutCommit) cudasim::cp_async_commit();
   if (how == Copying::WaitForTheOlder || how == Copying::ReadTheNewer)
     cudasim::cp_async_wait<1>();
@@ -93,7 +93,7 @@ __global__ void cp_async_kernel(uint4* out, const uint4* in, int valid, Copying 
     cudasim::cp_async_wait<0>();
     __syncthreads();
   }
-  out[threads + own] = buffer[1][neighbour];
+  out[kThreads + own] = buffer[1][neighbour];
   if (how == Copying::ReadTheNewer) {
     __syncthreads();
     cudasim::cp_async_wait<0>();
@@ -147,7 +147,7 @@ EXPORT cudaError_t run_ldmatrix(int count, bool transposed, uint32_t* registers,
 }
 
 EXPORT cudaError_t run_cp_async(uint4* out, const uint4* in, int valid, Copying how) {
-  const cudaLaunchConfig_t config = one_block(threads);
+  const cudaLaunchConfig_t config = one_block(kThreads);
   return cudaLaunchKernelEx(&config, cp_async_kernel, out, in, valid, how);
 }
 

@@ -154,7 +154,7 @@ size_t element_size(uint32_t type);  // 2 or 4 bytes
 
 // --- the product -----------------------------------------------------------------------------------------------------
 
-constexpr int64_t a_panel = 16, b_panel = 6;  // rows of op(A), columns of op(B) in one packed panel
+constexpr int64_t kPanelA = 16, kPanelB = 6;  // rows of op(A), columns of op(B) in one packed panel
 
 // A matrix of fp32 or bf16 elements with any two strides; also the transpose of one.
 struct View {
@@ -167,8 +167,8 @@ struct View {
 // last panel is padded with zero rows. tf32: values are rounded to TF32.
 std::vector<float> pack(const View& x, int64_t rows, int64_t k, int64_t height, bool tf32);
 
-// sum (m,n) = a·b, column-major; a (m,k) is packed with a_panel, bᵀ (n,k) with b_panel.
-// The leading dimension of sum is m rounded up to a_panel, it has n rounded up to b_panel columns.
+// sum (m,n) = a·b, column-major; a (m,k) is packed with kPanelA, bᵀ (n,k) with kPanelB.
+// The leading dimension of sum is m rounded up to kPanelA, it has n rounded up to kPanelB columns.
 // The order of the additions depends on the shape alone.
 std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k);
 

@@ -11,7 +11,7 @@ namespace cudasim::cublaslt {
 namespace {
 
 // Algorithms use no more workspace than this, however much the preference allows.
-constexpr uint64_t largest_workspace = 64 << 10;
+constexpr uint64_t kLargestWorkspace = 64 << 10;
 
 // --- algorithms ------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ void check_preference(const Preference& x) {
 // Two algorithms: the first takes the workspace that it may have, the second none. They compute the same.
 std::vector<Algorithm> find_algorithms(const Configuration& configuration, const Preference& preference) {
   std::vector<Algorithm> found;
-  for (uint64_t workspace : {std::min(preference.max_workspace, largest_workspace), uint64_t{0}}) {
+  for (uint64_t workspace : {std::min(preference.max_workspace, kLargestWorkspace), uint64_t{0}}) {
     if (!found.empty() && found[0].workspace == workspace) continue;
     Algorithm x = {};
     x.configuration = configuration.hash();
@@ -128,13 +128,13 @@ void store_column(const View& x, int64_t j, const std::vector<float>& column) {
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 
 // GELU in the tanh form, x/2·(1 + tanh(√(2/π)·(x + 0.044715 x³))), and its derivative.
-constexpr float gelu_scale = 0.7978845608028654f;
+constexpr float kGeluScale = 0.7978845608028654f;
 
-float gelu(float x) { return 0.5f * x * (1 + std::tanh(gelu_scale * (x + 0.044715f * x * x * x))); }
+float gelu(float x) { return 0.5f * x * (1 + std::tanh(kGeluScale * (x + 0.044715f * x * x * x))); }
 
 float gelu_derivative(float x) {
-  const float t = std::tanh(gelu_scale * (x + 0.044715f * x * x * x));
-  return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * gelu_scale * (1 + 3 * 0.044715f * x * x);
+  const float t = std::tanh(kGeluScale * (x + 0.044715f * x * x * x));
+  return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kGeluScale * (1 + 3 * 0.044715f * x * x);
 }
 
 // The sum over k of each row of a packed matrix.
@@ -161,12 +161,12 @@ void run_batch(const Call& call, int batch) {
   const View c_view = view(batch_of(call.c, x.c, batch), x.c, false);
   const View d_view = view(batch_of(call.d, x.d, batch), x.d, false);
 
-  const auto a = pack(view(batch_of(call.a, x.a, batch), x.a, trans_a), m, k, a_panel, tf32);
-  const auto b = pack(view(batch_of(call.b, x.b, batch), x.b, !trans_b), n, k, b_panel, tf32);
+  const auto a = pack(view(batch_of(call.a, x.a, batch), x.a, trans_a), m, k, kPanelA, tf32);
+  const auto b = pack(view(batch_of(call.b, x.b, batch), x.b, !trans_b), n, k, kPanelB, tf32);
   const auto sums = multiply(a, b, m, n, k);
-  const int64_t sums_ld = (m + a_panel - 1) / a_panel * a_panel;
-  if (epilogue == CUBLASLT_EPILOGUE_BGRADA) store_column(bias_view, 0, row_sums(a, m, k, a_panel));
-  if (epilogue == CUBLASLT_EPILOGUE_BGRADB) store_column(bias_view, 0, row_sums(b, n, k, b_panel));
+  const int64_t sums_ld = (m + kPanelA - 1) / kPanelA * kPanelA;
+  if (epilogue == CUBLASLT_EPILOGUE_BGRADA) store_column(bias_view, 0, row_sums(a, m, k, kPanelA));
+  if (epilogue == CUBLASLT_EPILOGUE_BGRADB) store_column(bias_view, 0, row_sums(b, n, k, kPanelB));
 
   std::vector<float> value(m), other(m), bias(m), bias_gradient(m);
   if (x.epilogue->bias) load_column(bias_view, 0, bias);
@@ -279,7 +279,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
       check_call(call, &algorithm, workspace_bytes);
     } else {
       check_available(call.configuration);
-      call.workspace_bytes = std::min<uint64_t>(workspace_bytes, largest_workspace);
+      call.workspace_bytes = std::min<uint64_t>(workspace_bytes, kLargestWorkspace);
       check_call(call, nullptr, workspace_bytes);
     }
     cudasim::enqueue(stream, [call] { run(call); });

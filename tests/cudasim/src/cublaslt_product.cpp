@@ -14,11 +14,11 @@
 namespace cudasim::cublaslt {
 namespace {
 
-constexpr int64_t k_block = 384;
+constexpr int64_t kBlock = 384;
 
 typedef float Vector __attribute__((vector_size(32)));
 typedef Vector VectorInMemory __attribute__((aligned(4), may_alias));  // anywhere in an array of floats
-static_assert(a_panel * sizeof(float) == 2 * sizeof(Vector), "two vectors high");
+static_assert(kPanelA * sizeof(float) == 2 * sizeof(Vector), "two vectors high");
 
 float load(const float* p) { return *p; }
 float load(const uint16_t* p) { return float_from_bf16(*p); }
@@ -51,18 +51,18 @@ std::vector<float> pack_elements(const View& x, int64_t rows, int64_t k, int64_t
 __attribute__((target_clones("avx2", "default"))) void add_product_of_panels(const float* a, const float* b, int64_t k,
                                                                              float* sum, int64_t ld) {
   // The loops over columns are unrolled so that the sums are registers.
-  Vector upper[b_panel] = {}, lower[b_panel] = {};
-  for (int64_t p = 0; p < k; p++, a += a_panel, b += b_panel) {
+  Vector upper[kPanelB] = {}, lower[kPanelB] = {};
+  for (int64_t p = 0; p < k; p++, a += kPanelA, b += kPanelB) {
     const VectorInMemory* column = reinterpret_cast<const VectorInMemory*>(a);
     const Vector column_upper = column[0], column_lower = column[1];
 #pragma GCC unroll 6
-    for (int64_t j = 0; j < b_panel; j++) {
+    for (int64_t j = 0; j < kPanelB; j++) {
       upper[j] += column_upper * b[j];
       lower[j] += column_lower * b[j];
     }
   }
 #pragma GCC unroll 6
-  for (int64_t j = 0; j < b_panel; j++) {
+  for (int64_t j = 0; j < kPanelB; j++) {
     VectorInMemory* column = reinterpret_cast<VectorInMemory*>(sum + j * ld);
     column[0] += upper[j];
     column[1] += lower[j];
@@ -75,14 +75,14 @@ std::vector<float> pack(const View& x, int64_t rows, int64_t k, int64_t height, 
 }
 
 std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k) {
-  const int64_t a_panels = (m + a_panel - 1) / a_panel, b_panels = (n + b_panel - 1) / b_panel;
-  const int64_t ld = a_panels * a_panel;
-  std::vector<float> sum(ld * b_panels * b_panel);
-  for (int64_t first = 0; first < k; first += k_block)
+  const int64_t a_panels = (m + kPanelA - 1) / kPanelA, b_panels = (n + kPanelB - 1) / kPanelB;
+  const int64_t ld = a_panels * kPanelA;
+  std::vector<float> sum(ld * b_panels * kPanelB);
+  for (int64_t first = 0; first < k; first += kBlock)
     for (int64_t j = 0; j < b_panels; j++)
       for (int64_t i = 0; i < a_panels; i++)
-        add_product_of_panels(&a[(i * k + first) * a_panel], &b[(j * k + first) * b_panel],
-                              std::min(k_block, k - first), &sum[j * b_panel * ld + i * a_panel], ld);
+        add_product_of_panels(&a[(i * k + first) * kPanelA], &b[(j * k + first) * kPanelB], std::min(kBlock, k - first),
+                              &sum[j * kPanelB * ld + i * kPanelA], ld);
   return sum;
 }
 

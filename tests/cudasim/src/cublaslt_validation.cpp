@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <sstream>
 #include <utility>
 
@@ -12,12 +13,12 @@
 namespace cudasim::cublaslt {
 namespace {
 
-constexpr cublasStatus_t invalid = CUBLAS_STATUS_INVALID_VALUE;
-constexpr cublasStatus_t unsupported = CUBLAS_STATUS_NOT_SUPPORTED;
+constexpr cublasStatus_t kInvalid = CUBLAS_STATUS_INVALID_VALUE;
+constexpr cublasStatus_t kUnsupported = CUBLAS_STATUS_NOT_SUPPORTED;
 
 // Bias and auxiliary pointers: the vectors that the fast epilogues load.
-constexpr uint64_t epilogue_alignment = 16;
-constexpr uint64_t workspace_alignment = 256;
+constexpr uint64_t kEpilogueAlignment = 16;
+constexpr uint64_t kWorkspaceAlignment = 256;
 
 #define EPILOGUE(name) CUBLASLT_EPILOGUE_##name, #name
 const Epilogue epilogues[] = {
@@ -37,67 +38,67 @@ bool is_operation(int32_t value) { return value == CUBLAS_OP_N || value == CUBLA
 
 void check_descriptor(const Descriptor& x) {
   if (x.compute_type != CUBLAS_COMPUTE_32F && x.compute_type != CUBLAS_COMPUTE_32F_FAST_TF32)
-    refuse(unsupported, "compute type %d: 32F and 32F_FAST_TF32 are simulated", x.compute_type);
+    refuse(kUnsupported, "compute type %d: 32F and 32F_FAST_TF32 are simulated", x.compute_type);
   if (x.scale_type != CUDA_R_32F)
-    refuse(unsupported, "scale type %d: alpha and beta must be R_32F with this compute type", x.scale_type);
+    refuse(kUnsupported, "scale type %d: alpha and beta must be R_32F with this compute type", x.scale_type);
   if (x.pointer_mode != CUBLASLT_POINTER_MODE_HOST)
-    refuse(unsupported, "pointer mode %d: alpha and beta on the host are simulated", x.pointer_mode);
+    refuse(kUnsupported, "pointer mode %d: alpha and beta on the host are simulated", x.pointer_mode);
   if (!is_operation(x.trans_a) || !is_operation(x.trans_b))
-    refuse(invalid, "transposes %d and %d: not values of cublasOperation_t", x.trans_a, x.trans_b);
-  if (x.trans_c != CUBLAS_OP_N) refuse(unsupported, "C cannot be transposed");
-  if (x.fill_mode != CUBLAS_FILL_MODE_FULL) refuse(unsupported, "fill mode %d: only FULL", x.fill_mode);
-  if (x.sm_count_target < 0) refuse(invalid, "SM count target %d is negative", x.sm_count_target);
+    refuse(kInvalid, "transposes %d and %d: not values of cublasOperation_t", x.trans_a, x.trans_b);
+  if (x.trans_c != CUBLAS_OP_N) refuse(kUnsupported, "C cannot be transposed");
+  if (x.fill_mode != CUBLAS_FILL_MODE_FULL) refuse(kUnsupported, "fill mode %d: only FULL", x.fill_mode);
+  if (x.sm_count_target < 0) refuse(kInvalid, "SM count target %d is negative", x.sm_count_target);
   if (x.fast_accumulation || x.a_scale_mode || x.b_scale_mode || x.c_scale_mode || x.d_scale_mode || x.aux_scale_mode ||
       x.d_out_scale_mode || x.alpha_batch_stride || x.a_scale || x.b_scale || x.c_scale || x.d_scale || x.d_out_scale ||
       x.d_amax || x.aux_scale || x.aux_amax || x.emulation)
-    refuse(unsupported, "the attributes of 8-bit types, of alpha vectors and of emulation must keep their defaults");
+    refuse(kUnsupported, "the attributes of 8-bit types, of alpha vectors and of emulation must keep their defaults");
 }
 
 void check_layout(const char* name, const Layout& x) {
   if (x.type != CUDA_R_32F && x.type != CUDA_R_16BF)
-    refuse(unsupported, "%s has type %u: R_32F and R_16BF are simulated", name, x.type);
+    refuse(kUnsupported, "%s has type %u: R_32F and R_16BF are simulated", name, x.type);
   if (x.order != CUBLASLT_ORDER_COL && x.order != CUBLASLT_ORDER_ROW)
-    refuse(unsupported, "%s has order %d: COL and ROW are simulated", name, x.order);
+    refuse(kUnsupported, "%s has order %d: COL and ROW are simulated", name, x.order);
   if (x.rows < 1 || x.cols < 1 || x.rows > INT32_MAX || x.cols > INT32_MAX)
-    refuse(invalid, "%s is %zu x %zu: both must be 1 to 2^31 - 1", name, size_t{x.rows}, size_t{x.cols});
+    refuse(kInvalid, "%s is %zu x %zu: both must be 1 to 2^31 - 1", name, size_t{x.rows}, size_t{x.cols});
   if (x.ld < 0 || static_cast<uint64_t>(x.ld) < x.contiguous())
-    refuse(invalid, "%s has leading dimension %lld, less than its %zu %s", name, static_cast<long long>(x.ld),
+    refuse(kInvalid, "%s has leading dimension %lld, less than its %zu %s", name, static_cast<long long>(x.ld),
            size_t{x.contiguous()}, x.order == CUBLASLT_ORDER_ROW ? "columns" : "rows");
-  if (x.batch_count < 1) refuse(invalid, "%s has batch count %d", name, x.batch_count);
+  if (x.batch_count < 1) refuse(kInvalid, "%s has batch count %d", name, x.batch_count);
   if (x.batch_mode != CUBLASLT_BATCH_MODE_STRIDED || x.plane_offset)
-    refuse(unsupported, "%s: pointer-array batches and planar complex matrices are not simulated", name);
-  if (x.batch_stride < 0) refuse(invalid, "%s has batch stride %lld", name, static_cast<long long>(x.batch_stride));
+    refuse(kUnsupported, "%s: pointer-array batches and planar complex matrices are not simulated", name);
+  if (x.batch_stride < 0) refuse(kInvalid, "%s has batch stride %lld", name, static_cast<long long>(x.batch_stride));
 }
 
 // "Type combinations" of cublasLtMatmul(), as far as they are simulated.
 void check_types(const Configuration& x) {
   const uint32_t in = x.a.type, out = x.d.type;
-  if (x.b.type != in) refuse(unsupported, "A and B have different types (%u and %u)", in, x.b.type);
-  if (x.c.type != out) refuse(unsupported, "C and D have different types (%u and %u)", x.c.type, out);
-  if (in == CUDA_R_32F && out != CUDA_R_32F) refuse(unsupported, "R_32F operands give an R_32F result, not %u", out);
+  if (x.b.type != in) refuse(kUnsupported, "A and B have different types (%u and %u)", in, x.b.type);
+  if (x.c.type != out) refuse(kUnsupported, "C and D have different types (%u and %u)", x.c.type, out);
+  if (in == CUDA_R_32F && out != CUDA_R_32F) refuse(kUnsupported, "R_32F operands give an R_32F result, not %u", out);
   if (in != CUDA_R_32F && x.descriptor.compute_type == CUBLAS_COMPUTE_32F_FAST_TF32)
-    refuse(unsupported, "compute type 32F_FAST_TF32 needs R_32F operands");
+    refuse(kUnsupported, "compute type 32F_FAST_TF32 needs R_32F operands");
   const int32_t bias = x.descriptor.bias_type, aux = x.descriptor.aux_type;
   if ((x.epilogue->bias || x.epilogue->bias_gradient) && bias != -1 && static_cast<uint32_t>(bias) != out)
-    refuse(unsupported, "bias type %d: it must be that of D, %u", bias, out);
+    refuse(kUnsupported, "bias type %d: it must be that of D, %u", bias, out);
   if ((x.epilogue->writes_aux || x.epilogue->reads_aux) && aux != -1 && static_cast<uint32_t>(aux) != out)
-    refuse(unsupported, "auxiliary type %d: it must be that of D, %u", aux, out);
+    refuse(kUnsupported, "auxiliary type %d: it must be that of D, %u", aux, out);
 }
 
 void check_shapes(const Configuration& x) {
   const Layout &a = x.a, &b = x.b;
   const uint64_t k_of_b = x.descriptor.trans_b == CUBLAS_OP_N ? b.rows : b.cols;
   if (k_of_b != x.k)
-    refuse(invalid, "op(A) is %zu x %zu but op(B) has %zu rows", size_t{x.m}, size_t{x.k}, size_t{k_of_b});
+    refuse(kInvalid, "op(A) is %zu x %zu but op(B) has %zu rows", size_t{x.m}, size_t{x.k}, size_t{k_of_b});
   const std::pair<const char*, const Layout*> results[] = {{"C", &x.c}, {"D", &x.d}};
   for (auto [name, layout] : results)
     if (layout->rows != x.m || layout->cols != x.n)
-      refuse(invalid, "%s is %zu x %zu but op(A)·op(B) is %zu x %zu", name, size_t{layout->rows}, size_t{layout->cols},
+      refuse(kInvalid, "%s is %zu x %zu but op(A)·op(B) is %zu x %zu", name, size_t{layout->rows}, size_t{layout->cols},
              size_t{x.m}, size_t{x.n});
-  if (x.c.order != x.d.order) refuse(invalid, "C and D have different orders");
+  if (x.c.order != x.d.order) refuse(kInvalid, "C and D have different orders");
   for (const Layout* layout : {&a, &b, &x.c})
     if (layout->batch_count != x.d.batch_count)
-      refuse(invalid, "batch counts differ (%d and %d)", layout->batch_count, x.d.batch_count);
+      refuse(kInvalid, "batch counts differ (%d and %d)", layout->batch_count, x.d.batch_count);
 }
 
 void check_epilogue(const Configuration& x) {
@@ -105,18 +106,18 @@ void check_epilogue(const Configuration& x) {
   const Descriptor& descriptor = x.descriptor;
   const bool batched = x.d.batch_count > 1;
   if (epilogue.value != CUBLASLT_EPILOGUE_DEFAULT && x.d.order != CUBLASLT_ORDER_COL)
-    refuse(unsupported, "epilogue %s needs D in column-major order", epilogue.name);
+    refuse(kUnsupported, "epilogue %s needs D in column-major order", epilogue.name);
   if ((epilogue.value == CUBLASLT_EPILOGUE_BGRADA || epilogue.value == CUBLASLT_EPILOGUE_BGRADB) && batched)
-    refuse(unsupported, "epilogue %s is not simulated for batches", epilogue.name);
+    refuse(kUnsupported, "epilogue %s is not simulated for batches", epilogue.name);
   if ((epilogue.bias || epilogue.bias_gradient) && descriptor.bias_batch_stride < 0)
-    refuse(invalid, "bias batch stride %lld", static_cast<long long>(descriptor.bias_batch_stride));
+    refuse(kInvalid, "bias batch stride %lld", static_cast<long long>(descriptor.bias_batch_stride));
   if (epilogue.writes_aux || epilogue.reads_aux) {
     const auto ld = static_cast<long long>(descriptor.aux_ld);
     const auto stride = static_cast<long long>(descriptor.aux_batch_stride);
     if (ld % 8 || ld < 0 || static_cast<uint64_t>(ld) < x.m)
-      refuse(invalid, "auxiliary leading dimension %lld: it must be a multiple of 8 and at least the %zu rows of D", ld,
-             size_t{x.m});
-    if (stride % 8 || stride < 0) refuse(invalid, "auxiliary batch stride %lld: it must be a multiple of 8", stride);
+      refuse(kInvalid, "auxiliary leading dimension %lld: it must be a multiple of 8 and at least the %zu rows of D",
+             ld, size_t{x.m});
+    if (stride % 8 || stride < 0) refuse(kInvalid, "auxiliary batch stride %lld: it must be a multiple of 8", stride);
   }
 }
 
@@ -167,43 +168,36 @@ bool same(const Layout& x, const Layout& y) { return std::memcmp(&x, &y, sizeof 
 void check_memory(const Call& call) {
   const std::vector<Region> all = regions(call);
   for (const Region& x : all) {
-    if (!x.data) refuse(invalid, "the pointer of %s is null", x.name);
+    if (!x.data) refuse(kInvalid, "the pointer of %s is null", x.name);
     if (!in_one_allocation(x.data, span(x.layout)))
-      refuse(invalid, "%s (%zu bytes at %p) does not lie in one allocation of device memory", x.name, span(x.layout),
+      refuse(kInvalid, "%s (%zu bytes at %p) does not lie in one allocation of device memory", x.name, span(x.layout),
              x.data);
-    if (x.written && overlaps_itself(x)) refuse(invalid, "the batches of %s overlap", x.name);
+    if (x.written && overlaps_itself(x)) refuse(kInvalid, "the batches of %s overlap", x.name);
   }
   for (const Region& written : all)
     for (const Region& other : all) {
       if (!written.written || &written == &other) continue;
       const bool in_place = other.in_place && written.data == call.d;
       if (in_place && !same(call.configuration.c, call.configuration.d))
-        refuse(invalid, "C and D share their memory but not their layout");
-      if (!in_place && overlap(written, other)) refuse(invalid, "%s overlaps %s", written.name, other.name);
+        refuse(kInvalid, "C and D share their memory but not their layout");
+      if (!in_place && overlap(written, other)) refuse(kInvalid, "%s overlaps %s", written.name, other.name);
     }
   if (!call.workspace_bytes) return;
   if (!in_one_allocation(call.workspace, call.workspace_bytes))
-    refuse(invalid, "the workspace (%zu bytes at %p) does not lie in one allocation of device memory",
+    refuse(kInvalid, "the workspace (%zu bytes at %p) does not lie in one allocation of device memory",
            call.workspace_bytes, call.workspace);
-  if (reinterpret_cast<uintptr_t>(call.workspace) % workspace_alignment)
-    refuse(invalid, "the workspace %p is not aligned to %zu bytes", call.workspace, size_t{workspace_alignment});
+  if (reinterpret_cast<uintptr_t>(call.workspace) % kWorkspaceAlignment)
+    refuse(kInvalid, "the workspace %p is not aligned to %zu bytes", call.workspace, size_t{kWorkspaceAlignment});
   Layout layout;
   layout.rows = layout.ld = static_cast<int64_t>(call.workspace_bytes / element_size(layout.type));
   layout.cols = 1;
   for (const Region& x : all)
-    if (overlap({"workspace", call.workspace, layout, true}, x)) refuse(invalid, "the workspace overlaps %s", x.name);
+    if (overlap({"workspace", call.workspace, layout, true}, x)) refuse(kInvalid, "the workspace overlaps %s", x.name);
 }
 
 void check_alignment(const char* name, const void* data, uint64_t bytes, const char* why) {
   if (reinterpret_cast<uintptr_t>(data) % bytes)
-    refuse(invalid, "%s at %p is not aligned to %zu bytes, %s", name, data, size_t{bytes}, why);
-}
-
-bool contains(const std::string& comma_separated, const std::string& word) {
-  std::stringstream words(comma_separated);
-  for (std::string next; std::getline(words, next, ',');)
-    if (next == word) return true;
-  return false;
+    refuse(kInvalid, "%s at %p is not aligned to %zu bytes, %s", name, data, size_t{bytes}, why);
 }
 
 }  // namespace
@@ -214,13 +208,13 @@ const Epilogue& find_epilogue(uint32_t value) {
   for (const Epilogue& epilogue : epilogues)
     if (epilogue.value == value) return epilogue;
   for (uint32_t known : relu_mask_epilogues)
-    if (known == value) refuse(unsupported, "epilogue %u: the ReLU masks are not simulated", value);
-  refuse(invalid, "epilogue %u does not exist", value);
+    if (known == value) refuse(kUnsupported, "epilogue %u: the ReLU masks are not simulated", value);
+  refuse(kInvalid, "epilogue %u does not exist", value);
 }
 
 Configuration check_configuration(cublasLtMatmulDesc_t descriptor, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                   cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d) {
-  if (!descriptor || !a || !b || !c || !d) refuse(invalid, "a descriptor or layout is null");
+  if (!descriptor || !a || !b || !c || !d) refuse(kInvalid, "a descriptor or layout is null");
   Configuration x;
   x.descriptor = contents(descriptor);
   x.a = contents(a);
@@ -245,8 +239,13 @@ Configuration check_configuration(cublasLtMatmulDesc_t descriptor, cublasLtMatri
 
 void check_available(const Configuration& configuration) {
   const char* without = std::getenv("CUDASIM_CUBLASLT_WITHOUT");
-  if (without && contains(without, configuration.epilogue->name))
-    refuse(unsupported, "CUDASIM_CUBLASLT_WITHOUT names the epilogue %s", configuration.epilogue->name);
+  std::stringstream names(without ? without : "");
+  for (std::string name; std::getline(names, name, ',');) {
+    const bool known = std::any_of(std::begin(epilogues), std::end(epilogues), [&](auto& x) { return x.name == name; });
+    if (!known) refuse(kInvalid, "CUDASIM_CUBLASLT_WITHOUT names %s, which is not an epilogue", name.c_str());
+    if (configuration.epilogue->name == name)
+      refuse(kUnsupported, "CUDASIM_CUBLASLT_WITHOUT names the epilogue %s", name.c_str());
+  }
 }
 
 Layout Configuration::bias_layout() const {
@@ -295,9 +294,9 @@ std::vector<Region> regions(const Call& call) {
 void check_call(const Call& call, const Algorithm* algorithm, size_t workspace_given) {
   const Configuration& x = call.configuration;
   if (algorithm) {
-    if (algorithm->configuration != x.hash()) refuse(invalid, "the algorithm was returned for another configuration");
+    if (algorithm->configuration != x.hash()) refuse(kInvalid, "the algorithm was returned for another configuration");
     if (workspace_given < algorithm->workspace)
-      refuse(invalid, "the algorithm needs %zu bytes of workspace, not %zu", size_t{algorithm->workspace},
+      refuse(kInvalid, "the algorithm needs %zu bytes of workspace, not %zu", size_t{algorithm->workspace},
              workspace_given);
   }
   check_memory(call);
@@ -313,9 +312,9 @@ void check_call(const Call& call, const Algorithm* algorithm, size_t workspace_g
   check_alignment("D", call.d, needed(x.d, assumed.alignment_d), why);
   const char* epilogue_why = "which the epilogues need";
   if (x.epilogue->bias || x.epilogue->bias_gradient)
-    check_alignment("the bias vector", x.descriptor.bias, epilogue_alignment, epilogue_why);
+    check_alignment("the bias vector", x.descriptor.bias, kEpilogueAlignment, epilogue_why);
   if (x.epilogue->writes_aux || x.epilogue->reads_aux)
-    check_alignment("the auxiliary matrix", x.descriptor.aux, epilogue_alignment, epilogue_why);
+    check_alignment("the auxiliary matrix", x.descriptor.aux, kEpilogueAlignment, epilogue_why);
 }
 
 }  // namespace cudasim::cublaslt

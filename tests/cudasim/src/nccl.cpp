@@ -170,8 +170,8 @@ void run_collective(const Request& request) {
   check_memory(request);
   const size_t bytes = request.bytes();
   const size_t total = call.operation == Operation::ReduceScatter ? bytes * ranks.size : bytes;
-  for (size_t first = 0; first < total; first += chunk_bytes) {
-    const size_t length = std::min(chunk_bytes, total - first);
+  for (size_t first = 0; first < total; first += kChunkBytes) {
+    const size_t length = std::min(kChunkBytes, total - first);
     auto& chunks = ranks.shared().chunks;
     if (request.send_bytes()) std::memcpy(chunks[ranks.rank], static_cast<const char*>(request.send) + first, length);
     ranks.meet(why);
@@ -218,7 +218,7 @@ struct Transfer {
 void send_part(Transfer& transfer, Mailbox& mailbox) {
   const Request& request = *transfer.request;
   mailbox.call = request.call;
-  mailbox.bytes = std::min(part_bytes, request.bytes() - transfer.done);
+  mailbox.bytes = std::min(kPartBytes, request.bytes() - transfer.done);
   std::memcpy(mailbox.data, static_cast<const char*>(request.send) + transfer.done, mailbox.bytes);
   mailbox.full = 1;
 }

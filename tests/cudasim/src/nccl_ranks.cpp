@@ -21,7 +21,7 @@ struct Id {
   int pid, file;
   uint64_t key;
 };
-constexpr const char* id_format = "cudasim %d %d %" SCNx64;
+constexpr const char* kIdFormat = "cudasim %d %d %" SCNx64;
 
 double seconds() {
   timespec now;
@@ -96,11 +96,11 @@ ncclUniqueId Ranks::make_id() {
 }
 
 Ranks::Ranks(const ncclUniqueId& unique_id, int size, int rank) : size(size), rank(rank), timeout_(read_timeout()) {
-  if (size < 1 || size > max_ranks || rank < 0 || rank >= size)
+  if (size < 1 || size > kMaxRanks || rank < 0 || rank >= size)
     throw Failure{ncclInvalidArgument, "rank " + std::to_string(rank) + " of " + std::to_string(size) +
-                                           ": ranks are 0 to size - 1, of at most " + std::to_string(max_ranks)};
+                                           ": ranks are 0 to size - 1, of at most " + std::to_string(kMaxRanks)};
   Id id;
-  if (std::sscanf(unique_id.internal, id_format, &id.pid, &id.file, &id.key) == 3)
+  if (std::sscanf(unique_id.internal, kIdFormat, &id.pid, &id.file, &id.key) == 3)
     shared_.reset(open_shared_memory(id));
   if (!shared_)
     throw Failure{ncclInvalidArgument,

@@ -14,9 +14,9 @@
 
 namespace cudasim::nccl {
 
-constexpr int max_ranks = 16;
-constexpr size_t chunk_bytes = 1 << 20;  // of a collective, for each rank
-constexpr size_t part_bytes = 1 << 18;   // of a message
+constexpr int kMaxRanks = 16;
+constexpr size_t kChunkBytes = 1 << 20;  // of a collective, for each rank
+constexpr size_t kPartBytes = 1 << 18;   // of a message
 
 enum class Operation : int32_t { AllReduce, ReduceScatter, AllGather, Broadcast, Reduce, Send, Recv };
 
@@ -35,7 +35,7 @@ struct Mailbox {
   std::atomic<uint32_t> full;
   Call call;  // of the sender
   uint64_t bytes;
-  char data[part_bytes];
+  char data[kPartBytes];
 };
 
 // Zero when it is made.
@@ -44,11 +44,11 @@ struct SharedMemory {
   std::atomic<uint32_t> activity;  // counts what a waiting rank may wait for
   std::atomic<int32_t> failed;     // 1 + the first rank that gave up
   std::atomic<int32_t> size;       // number of ranks that the first to join was told
-  std::atomic<int32_t> joined[max_ranks];
-  std::atomic<uint64_t> steps[max_ranks];  // how many meetings each rank has reached
-  Call calls[max_ranks];
-  Mailbox mail[max_ranks][max_ranks];  // [from][to]
-  char chunks[max_ranks][chunk_bytes];
+  std::atomic<int32_t> joined[kMaxRanks];
+  std::atomic<uint64_t> steps[kMaxRanks];  // how many meetings each rank has reached
+  Call calls[kMaxRanks];
+  Mailbox mail[kMaxRanks][kMaxRanks];  // [from][to]
+  char chunks[kMaxRanks][kChunkBytes];
 };
 
 // Why a communicator cannot go on.

@@ -13,7 +13,7 @@
 namespace cudasim {
 namespace {
 
-constexpr unsigned all_lanes = 0xffffffffu;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 float float_of(uint32_t bits) {
   float value;
@@ -24,7 +24,7 @@ float float_of(uint32_t bits) {
 // Runs an operation that needs the whole warp; a missing lane has been reported, and the results stay as they are.
 template <void (*run)(void** operands)>
 void run_if_complete(void** operands, unsigned mask) {
-  if (mask == all_lanes) run(operands);
+  if (mask == kAllLanes) run(operands);
 }
 
 // --- mma ------------------------------------------------------------------------------------------------------------
@@ -128,13 +128,13 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* file, int line) {
   static const char kind = 0;
   MmaOperands operands{c, a, b};
-  warp_collective(all_lanes, &operands, run_if_complete<run_mma_m16n8k16_bf16>, &kind, file, line);
+  warp_collective(kAllLanes, &operands, run_if_complete<run_mma_m16n8k16_bf16>, &kind, file, line);
 }
 
 void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* file, int line) {
   static const char kind = 0;
   MmaOperands operands{c, a, b};
-  warp_collective(all_lanes, &operands, run_if_complete<run_mma_m16n8k8_tf32>, &kind, file, line);
+  warp_collective(kAllLanes, &operands, run_if_complete<run_mma_m16n8k8_tf32>, &kind, file, line);
 }
 
 namespace detail {
@@ -156,7 +156,7 @@ void distribute_matrices(uint32_t* r, int count, bool transposed, const uint4* r
   MatrixLoad load{r, count, row};
   std::fill(r, r + count, ~0u);
   const auto run = transposed ? run_if_complete<run_ldmatrix<true>> : run_if_complete<run_ldmatrix<false>>;
-  warp_collective(all_lanes, &load, run, &kinds[transposed][count], file, line);
+  warp_collective(kAllLanes, &load, run, &kinds[transposed][count], file, line);
 }
 
 bool issue_copy(AsyncCopy copy, const char* file, int line) {
