@@ -45,7 +45,7 @@ CUBLAS, MEMSET = "cuBLASLt", "memset"
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one micro-batch, with -r 1 -ge 0 -w 1 and gradients in the precision of the parameters."""
+    """A training step of one micro-batch with -r 1 -ge 0 -w 1."""
 
     name: str
     descriptor: str
@@ -53,6 +53,7 @@ class Step:
     T: int = 1024
     precision: Literal["fp32", "bf16"] = "bf16"
     tf32: bool = True
+    grad_dtype: Literal["fp32", "bf16", ""] = ""  # "": as precision
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -68,12 +69,24 @@ STEPS = [
     Step("124M", "d12", B=64),
     Step("350M", "d24", B=32),
     Step("1558M", "d48", B=16),
-    # Other kernels: of longer and shorter heads, and of fp32 with and without TF32.
-    Step("GPT-3 760M", "gpt3:c1536", B=16),
-    Step("GPT-3 1.3B", "gpt3:c2048", B=16),
     Step("Shakespeare", "custom:l=4,c=128,h=4,t=128,v=65", B=4, T=128),
     Step("124M fp32", "d12", B=16, precision="fp32"),
-    Step("124M fp32 -f 0", "d12", B=16, precision="fp32", tf32=False),
+]
+# Of these only the kernels that no step above launches are listed, those of the start and of a resume included.
+OTHERS = [
+    Step("124M, fp32 gradients", "d12", B=4, grad_dtype="fp32"),
+    *(
+        Step(f"{name} {mode}", descriptor, B=4, T=T, precision=precision, tf32=tf32)
+        for mode, precision, tf32 in (("bf16", "bf16", True), ("fp32", "fp32", True), ("fp32 -f 0", "fp32", False))
+        for name, descriptor, T in (
+            ("Shakespeare", "custom:l=4,c=128,h=4,t=128,v=65", 128),
+            ("124M", "d12", 1024),
+            ("GPT-3 760M", "gpt3:c1536", 1024),
+            ("GPT-3 1.3B", "gpt3:c2048", 1024),
+            ("C = 4096", "custom:l=1,c=4096,h=32,t=1024,v=50257", 1024),
+            ("C = 32768", "custom:l=1,c=32768,h=256,t=1024,v=50257", 1024),
+        )
+    ),
 ]
 
 
@@ -117,8 +130,9 @@ class Recorder:
         lines = (line.split(" ", 2) for line in symbols.splitlines())
         self.names = {int(address, 16): short_name(name) for address, kind, name in lines if kind in "tT"}
 
-    def record(self, step: Step) -> list[Launch]:
-        """The launches of the second step: the first one also makes the optimizer's state."""
+    def record(self, step: Step, whole_run: bool = False) -> list[Launch]:
+        """The launches of one step; whole_run: also those of the start, which makes the optimizer's state, and of a
+        resume."""
         s = step.shape
         config = self.core.GPT2Config(
             max_seq_len=step.T,
@@ -132,17 +146,23 @@ class Recorder:
             batch_size=step.B,
             seq_len=step.T,
             precision=step.precision,
-            grad_dtype=step.precision,
+            grad_dtype=step.grad_dtype or step.precision,
             device="cuda",
             tf32=step.tf32,
         )
+        self.library.recorder_clear()
         model = self.core.GPT2(config, options)
+        model.start_optimizer()
+        if whole_run and step.precision == "bf16":
+            model.restore_parameters()
         tokens = torch.zeros(step.B, step.T, dtype=torch.int64)
-        for number in (1, 2):
-            self.library.recorder_clear()
+        if not whole_run:
             model.forward(tokens)
             model.backward(tokens)
-            model.update(1e-3, 0.1, number)
+            self.library.recorder_clear()  # the gradients were allocated, which clears them once more
+        model.forward(tokens)
+        model.backward(tokens)
+        model.update(1e-3, 0.1, 1)
         records = self.library.recorder_begin()
         return [self.launch(records[i]) for i in range(self.library.recorder_count())]
 
@@ -244,52 +264,51 @@ def least_seconds(work: Work, gpu: str, step: Step) -> float:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-HEADER = [
-    "model",
-    "B",
-    "T",
-    "kernel",
-    "threads",
-    "dynamic_shared",
-    "launches",
-    "MB",
-    "GFLOP",
-    *(f"{g}_us" for g in GPUS),
-]
+SIZES = ["model", "B", "T", "kernel", "threads", "dynamic_shared", "launches"]
+HEADER = [*SIZES, "MB", "GFLOP", *(f"{gpu}_us" for gpu in GPUS)]
+
+
+def forms(step: Step, launches: list[Launch]) -> dict[str, list[str]]:
+    """The first columns of the table for every kernel, in the order of the step."""
+    counts = Counter(launch.kernel for launch in launches)
+    found = {}
+    for launch in launches:
+        sizes = [str(launch.threads), str(launch.dynamic_shared)] if launch.threads else ["", ""]
+        found[launch.kernel] = [step.name, str(step.B), str(step.T), launch.kernel, *sizes, str(counts[launch.kernel])]
+    return found
 
 
 def rows(step: Step, launches: list[Launch]) -> list[list[str]]:
-    """One per kernel and form of its launches, in the order of the step, then their sum."""
+    """All kernels with their work, then the sum."""
     chunks = sum(launch.kernel.startswith("fused_classifier_kernel") for launch in launches)
     sizes = Sizes(step, chunks)
-    kernels = Counter(launch.kernel for launch in launches)
+    memset = Work(sum(launch.bytes for launch in launches))
     table = []
-    total = Work(0)
-    times = dict.fromkeys(GPUS, 0.0)
-    for kernel, count in kernels.items():
-        forms = {(launch.threads, launch.dynamic_shared) for launch in launches if launch.kernel == kernel}
-        threads, dynamic_shared = max(forms)
-        memset = sum(launch.bytes for launch in launches if launch.kernel == kernel)
-        work = Work(memset) if kernel == MEMSET else work_of(kernel, sizes)
-        total = Work(total.bytes + work.bytes, total.flops + work.flops)
+    total, times = Work(0), dict.fromkeys(GPUS, 0.0)
+    for kernel, start in forms(step, launches).items():
+        work = memset if kernel == MEMSET else work_of(kernel, sizes)
         seconds = {gpu: least_seconds(work, gpu, step) for gpu in GPUS}
+        table.append(start + amounts(work, seconds))
+        total = Work(total.bytes + work.bytes, total.flops + work.flops)
         times = {gpu: times[gpu] + seconds[gpu] for gpu in GPUS}
-        table.append(row(step, kernel, threads, dynamic_shared, count, work, seconds))
-    table.append(row(step, "all", 0, 0, len(launches), total, times))
-    return table
+    return [*table, [step.name, str(step.B), str(step.T), "all", "", "", str(len(launches)), *amounts(total, times)]]
 
 
-def row(
-    step: Step, kernel: str, threads: int, dynamic_shared: int, launches: int, work: Work, seconds: dict[str, float]
-) -> list[str]:
-    sizes = [str(threads), str(dynamic_shared)] if threads else ["", ""]
-    amounts = [f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", *(f"{1e6 * seconds[gpu]:.1f}" for gpu in GPUS)]
-    return [step.name, str(step.B), str(step.T), kernel, *sizes, str(launches), *amounts]
+def amounts(work: Work, seconds: dict[str, float]) -> list[str]:
+    return [f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", *(f"{1e6 * seconds[gpu]:.1f}" for gpu in GPUS)]
 
 
 def report() -> list[list[str]]:
     recorder = Recorder()
-    return [HEADER, *(row for step in STEPS for row in rows(step, recorder.record(step)))]
+    table = [HEADER]
+    for step in STEPS:
+        table += rows(step, recorder.record(step))
+    listed = {row[SIZES.index("kernel")] for row in table}
+    for step in OTHERS:
+        new = forms(step, recorder.record(step, whole_run=True))
+        table += [start + [""] * (len(HEADER) - len(SIZES)) for kernel, start in new.items() if kernel not in listed]
+        listed |= new.keys()
+    return table
 
 
 def print_table(table: list[list[str]]) -> None:

@@ -37,7 +37,7 @@ class Kernel:
     stack: int  # of a thread: local arrays and spilled registers; 0 in a good kernel
     local_accesses: int  # to the stack
     static_shared: int  # of a block
-    dynamic_shared: int | None  # of a block as launched, None for kernels that no run of docs/launches.csv launches
+    dynamic_shared: int | None  # of a block as launched, None for kernels that docs/launches.csv has not
     threads: int | None  # of a block
     occupancy: float | None  # per cent of the warps an SM can hold
     wide_loads: int  # of global memory, 128 bits or more for each thread

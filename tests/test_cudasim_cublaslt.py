@@ -315,6 +315,16 @@ def test_gaps_are_not_written() -> None:
     assert storage[:, p.m :].isnan().all() and not storage[:, : p.m].isnan().any()
 
 
+@pytest.mark.parametrize("second, rounded", [(0.0, 1.0), (2.0**-7, 1 + 2.0**-6)])
+def test_bf16_results_round_ties_to_even(second: float, rounded: float) -> None:
+    """1 + second + 2^-8 lies halfway between two bf16 numbers."""
+    p = Product(m=1, n=1, k=3)
+    p.device["A"] = DeviceTensor(torch.tensor([1.0, second, 2.0**-4], dtype=torch.bfloat16))
+    p.device["B"] = DeviceTensor(torch.tensor([1.0, 1.0, 2.0**-4], dtype=torch.bfloat16))
+    assert p.run() == DONE
+    assert p.device["D"].download().item() == rounded
+
+
 def test_same_bits_twice() -> None:
     first, second = Product(), Product()
     for p in (first, second):

@@ -89,6 +89,10 @@ def test_ranks(size: int) -> None:
 def test_an_id_serves_once() -> None:
     for rank in run_ranks(["id used twice"], 2)["id used twice"]:
         assert rank.result in (INVALID_ARGUMENT, INVALID_USAGE) and kinds(rank.reports) == ["nccl"]
+    unique_id, comm = make_id(), ctypes.c_void_p()
+    assert nccl.ncclCommInitRank(ctypes.byref(comm), 1, unique_id, 0) == SUCCESS
+    assert nccl.ncclCommInitRank(ctypes.byref(comm), 1, unique_id, 0) == INVALID_ARGUMENT  # its maker has closed it
+    assert kinds(take_reports()) == ["nccl"]
 
 
 # scenario: what one of the reports contains, or all where all ranks see it; the results of the ranks
@@ -101,6 +105,7 @@ DISAGREEMENTS: dict[str, tuple[str, list[int]]] = {
     "reduction": ("rank 1 AllReduce(count 100, float32, max)", [INVALID_USAGE] * 3),
     "operation": ("rank 1 ReduceScatter(count 100, float32, sum)", [INVALID_USAGE] * 3),
     "root": ("rank 1 Broadcast(count 100, float32, root 1)", [INVALID_USAGE] * 3),
+    "queued": ("rank 1 AllReduce(count 99, float32, sum)", [INVALID_USAGE] * 3),
     "message count": ("Recv(count 99, float32, from 0), rank 0 Send(count 100", [SUCCESS, INVALID_USAGE, REMOTE_ERROR]),
     "message type": ("Recv(count 100, int32, from 0), rank 0 Send(", [SUCCESS, INVALID_USAGE, REMOTE_ERROR]),
     "abort": ("rank 1 gave up", [REMOTE_ERROR, SUCCESS, REMOTE_ERROR]),

@@ -20,6 +20,11 @@ std::string why_no_cuda_device() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   cudaGetLastError();
+  // Without a driver the runtime says that the driver is too old.
+  int driver = 0;
+  if (status == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) {
+    return "no CUDA device was found: NVIDIA's driver is not installed";
+  }
   if (status != cudaSuccess) return std::string("no CUDA device can be used: ") + cudaGetErrorString(status);
   return count > 0 ? "" : "no CUDA device was found";
 }

@@ -173,6 +173,7 @@ def groups_and_streams(r: Rank) -> None:
     r.synchronize()
     assert r.download(x, 8, FLOAT32).tolist() == [r.size] * 8
     assert r.download(y, 8, FLOAT32).tolist() == [r.size - 1] * 8
+    r.lib.cudasim_set_lazy(0)
 
 
 def rounding(r: Rank) -> None:
@@ -207,6 +208,20 @@ def differ(usual: Callable[[Rank, int], int], other: Callable[[Rank, int], int])
         return result
 
     return scenario
+
+
+def queued(r: Rank) -> int:
+    """The first of two queued calls fails; the second is dropped."""
+    assert r.join() == 0
+    r.lib.cudasim_set_lazy(1)
+    data = r.upload(np.zeros(400, np.float32))
+    assert all_reduce(99 if r.rank == 1 else 100)(r, data) == 0
+    assert all_reduce()(r, data) == 0
+    r.synchronize()
+    r.lib.cudasim_set_lazy(0)
+    error = ctypes.c_int()
+    assert r.lib.ncclCommGetAsyncError(r.comm, ctypes.byref(error)) == 0
+    return error.value
 
 
 def all_reduce(n: int = 100, kind: int = FLOAT32, reduction: int = SUM) -> Callable[[Rank, int], int]:
@@ -259,6 +274,7 @@ SCENARIOS: dict[str, Callable[[Rank], Any]] = {
     "root": differ(broadcast(0), broadcast(1)),
     "message count": differ(message(100, FLOAT32), message(99, FLOAT32)),
     "message type": differ(message(100, FLOAT32), message(100, INT32)),
+    "queued": queued,
     "abort": without_rank_1(lambda r: r.lib.ncclCommAbort(r.comm)),
     "missing call": without_rank_1(lambda r: 0),
     "crash": without_rank_1(lambda r: os.kill(os.getpid(), signal.SIGKILL)),
