@@ -574,6 +574,18 @@ def test_uninitialised_operand(name: str, changes: dict[str, Any]) -> None:
     assert kinds(take_reports()) == ["uninitialised"]
 
 
+@pytest.mark.parametrize("columns, reports", [(17, []), (16, ["uninitialised"])])
+def test_gaps_may_be_uninitialised(columns: int, reports: list[str]) -> None:
+    """Only that many columns of A (24,17) have been written, and no gap."""
+    p = Product(gap=3)
+    p.device["A"] = DeviceTensor(p.a, upload=False)
+    for column in range(columns):
+        start = pointer(p.device["A"].pointer + column * (24 + 3) * 2)
+        assert lt.cudaMemset(start, 0, ctypes.c_size_t(24 * 2)) == SUCCESS
+    assert p.run() == DONE
+    assert kinds(take_reports()) == reports
+
+
 def test_descriptors_answer_like_the_real_library() -> None:
     """Its calls that need no GPU, in processes of their own: the names are the same."""
     spec = importlib.util.find_spec("nvidia")

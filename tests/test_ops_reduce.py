@@ -11,7 +11,7 @@ from ops_testing import DTYPES, F32, assert_same_for_all_thread_counts, normal, 
 pytestmark = pytest.mark.usefixtures("device")
 
 # A work item has 16384 elements and a parallel region 512 of them.
-SIZES = [1, 7, 1023, 1025, 16384, 16385, 100003, 512 * 16384 + 5]
+SIZES = [1, 7, 1023, 1025, 16384, 16385, 100003, 700 * 16384 + 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,7 +17,6 @@ CudaOps::CudaOps(int device, bool tf32) : device_(device), tf32_(tf32) {
              "%s has compute capability %d.%d, llmc needs 8.0 (Ampere) or newer: use --device cpu",
              properties.name.c_str(), properties.compute_capability / 10, properties.compute_capability % 10);
   name_ = properties.name;
-  shared_memory_ = int64_t(properties.shared_memory_per_block);
   make_current();
   staging_ = std::make_unique<Staging>();
   cublas_ = std::make_unique<CublasLt>();

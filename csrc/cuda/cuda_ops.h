@@ -81,7 +81,6 @@ class CudaOps final : public Ops {
 
   int device_;
   std::string name_;
-  int64_t shared_memory_;  // bytes that one block may have
   bool tf32_;
   cudaStream_t own_stream_ = nullptr;
   cudaStream_t stream_ = nullptr;

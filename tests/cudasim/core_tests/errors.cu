@@ -1,5 +1,5 @@
-// One bug for every kind of report, each beside its correct twin. tests/test_cudasim.py runs both and looks for the comments
-// "here: NAME" (the place that must be reported) and "other: NAME" (the place of the conflicting access).
+// One bug for every kind of report, each beside its correct twin. tests/test_cudasim.py runs both and looks for the
+// comments "here: NAME" (the place that must be reported) and "other: NAME" (the place of the conflicting access).
 #include <cstring>
 #include <map>
 #include <string>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// --- order within a block ---------------------------------------------------------------------------------------------
+// --- order within a block --------------------------------------------------------------------------------------------
 
 template <bool kWrong>
 __global__ void missing_syncthreads(float* out) {
@@ -96,7 +96,7 @@ __global__ void race_in_global(float* out) {
   out[64 + threadIdx.x] = out[63 - threadIdx.x];  // here: race_in_global
 }
 
-// --- order between blocks ---------------------------------------------------------------------------------------------
+// --- order between blocks --------------------------------------------------------------------------------------------
 
 template <bool kWrong>
 __global__ void sum_without_atomic(int* out) {
@@ -141,7 +141,7 @@ __global__ void early_fence(float* out) {
   last_block_sums<kWrong ? Fence::TooEarly : Fence::Right>(out + 64, arrived, out + 512);
 }
 
-// --- initialisation ---------------------------------------------------------------------------------------------------
+// --- initialisation --------------------------------------------------------------------------------------------------
 
 template <bool kWrong>
 __global__ void uninitialised_shared(float* out) {
@@ -164,7 +164,7 @@ __global__ void copy_one(float* out, const float* x) {
   out[threadIdx.x] = x[threadIdx.x];  // here: uninitialised_global, use_after_free, host_memory, pinned_memory
 }
 
-// --- bounds and alignment ---------------------------------------------------------------------------------------------
+// --- bounds and alignment --------------------------------------------------------------------------------------------
 
 template <bool kWrong>
 __global__ void one_too_many(float* out, int n) {
@@ -203,7 +203,7 @@ __global__ void misaligned(float* out) {
   *reinterpret_cast<float4*>(out + 4 * threadIdx.x + kWrong) = float4{1, 2, 3, 4};  // here: misaligned
 }
 
-// --- barriers and warp operations -------------------------------------------------------------------------------------
+// --- barriers and warp operations ------------------------------------------------------------------------------------
 
 template <bool kWrong>
 __global__ void divergent_barrier(float* out) {
@@ -248,7 +248,7 @@ __global__ void deadlock(float* out) {
   out[threadIdx.x] = __shfl_sync(kAll, 1.0f, 0);     // here: deadlock
 }
 
-// --- the rest ---------------------------------------------------------------------------------------------------------
+// --- the rest --------------------------------------------------------------------------------------------------------
 
 template <bool kWrong>
 __global__ void local_of_other_thread(float* out) {
@@ -287,7 +287,7 @@ __global__ void static_and_dynamic_shared(float* out) {
 
 __global__ void nothing(float*) {}
 
-// --- running them -----------------------------------------------------------------------------------------------------
+// --- running them ----------------------------------------------------------------------------------------------------
 
 constexpr int kFloats = 1024;
 

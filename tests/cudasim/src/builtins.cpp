@@ -34,7 +34,8 @@ void run_shuffle(void** arguments, unsigned mask) {
   }
 }
 
-// Lane `source` of the segment of `width` lanes that `lane` is in; lane itself where that is outside (PTX ISA, shfl.sync).
+// Lane `source` of the segment of `width` lanes that `lane` is in; lane itself where that is outside (PTX ISA,
+// shfl.sync).
 unsigned shuffle_source(Shuffle kind, unsigned lane, int operand, int width) {
   const int first = int(lane) & ~(width - 1), last = first + width - 1;
   switch (kind) {

@@ -1,9 +1,10 @@
-// The checker: is every access of a kernel inside its object, initialised, and ordered with the accesses of other threads?
+// The checker: is every access of a kernel inside its object, initialised, and ordered with the accesses of other
+// threads?
 //
-// Time is a counter that every synchronisation advances. A shadow cell per granule of memory remembers who accessed it last
-// and when; two accesses by different threads, one of them a write, must have a synchronisation between them: a barrier of
-// the block, a __syncwarp of the warp (shuffles and votes order no memory), or the end of a kernel. Between blocks of one
-// launch only a fence and an atomic in the one and an atomic on the same address in the other count.
+// Time is a counter that every synchronisation advances. A shadow cell per granule of memory remembers who accessed it
+// last and when; two accesses by different threads, one of them a write, must have a synchronisation between them: a
+// barrier of the block, a __syncwarp of the warp (shuffles and votes order no memory), or the end of a kernel. Between
+// blocks of one launch only a fence and an atomic in the one and an atomic on the same address in the other count.
 #include "checker.h"
 
 #include <sys/mman.h>
@@ -22,7 +23,7 @@ bool in_checked = false;  // the running kernel is instrumented
 // Allocations with smaller numbers count as initialised: something that is not instrumented may have written them.
 size_t first_watched = 0;
 
-// --- shadow memory ----------------------------------------------------------------------------------------------------
+// --- shadow memory ---------------------------------------------------------------------------------------------------
 
 constexpr size_t kGranule = 2;  // bytes: a bf16. Neighbouring bytes are not told apart.
 
@@ -52,7 +53,8 @@ static_assert(sizeof(Cell) == 24);
 
 Cell* arena_cell(uintptr_t address) { return reinterpret_cast<Cell*>(kCells) + (address - kArena) / kGranule; }
 
-// One bit per granule: whether it was ever written. The bytes that hold those of an object, and its bits in the outer ones.
+// One bit per granule: whether it was ever written. The bytes that hold those of an object, and its bits in the outer
+// ones.
 struct InitialisedBits {
   InitialisedBits(const void* p, size_t bytes) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) - kArena) / kGranule;
@@ -83,7 +85,7 @@ bool all_initialised(const Allocation& allocation, const void* p, size_t bytes, 
   return true;
 }
 
-// --- places -----------------------------------------------------------------------------------------------------------
+// --- places ----------------------------------------------------------------------------------------------------------
 
 // Small numbers for the places of accesses; 0 when there are too many.
 std::vector<Site> sites{Site{}};
@@ -115,7 +117,7 @@ unsigned site_of(const char* file, int line) {
   return it->second;
 }
 
-// --- time and order ---------------------------------------------------------------------------------------------------
+// --- time and order --------------------------------------------------------------------------------------------------
 
 uint64_t now = 1;
 uint64_t launch_begin, block_begin, last_barrier;
@@ -123,8 +125,8 @@ uint64_t last_warp_sync[kMaxThreads / kLanes];
 uint64_t last_fence;                 // by any thread of the running block
 std::vector<uint64_t> block_begins;  // of this launch, ascending
 
-// An atomic on one address after a fence publishes what its block did before the fence. A later atomic on the same address
-// makes that visible to its own block.
+// An atomic on one address after a fence publishes what its block did before the fence. A later atomic on the same
+// address makes that visible to its own block.
 struct Release {
   uint64_t block_begin;  // names the block
   uint64_t fence;
@@ -173,7 +175,7 @@ bool ordered(const Access& access, Space space) {
   return time < last_warp_sync[self.flat / kLanes] || (time < self.sync_time && self.sync_mask >> thread % kLanes & 1);
 }
 
-// --- checks of one access ---------------------------------------------------------------------------------------------
+// --- checks of one access --------------------------------------------------------------------------------------------
 
 struct Current {
   const volatile void* p;
@@ -207,8 +209,8 @@ __attribute__((noinline)) void report_uninitialised(const Current& access) {
               verb(access.kind), access.bytes, describe(access).c_str());
 }
 
-// Two readers are enough: whoever writes next conflicts with one of them. A reader that another warp or block is unordered
-// with tells more than a second one of the own warp.
+// Two readers are enough: whoever writes next conflicts with one of them. A reader that another warp or block is
+// unordered with tells more than a second one of the own warp.
 void remember_read(Cell& cell, const Access& access, Space space) {
   const bool read_in_block = !cell.read.before(block_begin);
   if (cell.read.before(horizon(space)) || (read_in_block && cell.read.thread() == access.thread())) {
@@ -270,7 +272,7 @@ void check_cells(Cell* cells, const Current& access) {
   }
 }
 
-// --- static shared memory ---------------------------------------------------------------------------------------------
+// --- static shared memory --------------------------------------------------------------------------------------------
 
 struct {
   const Launch* launch;
@@ -307,7 +309,7 @@ void count_variable(unsigned number, const Current& access) {
   }
 }
 
-// --- where the access goes --------------------------------------------------------------------------------------------
+// --- where the access goes -------------------------------------------------------------------------------------------
 
 [[noreturn]] __attribute__((noinline)) void fail_access(const char* kind, const Current& access,
                                                         const std::string& text) {
@@ -410,7 +412,7 @@ void enter_atomic(const volatile void* p, size_t bytes, const char* file, int li
   if (global) release_and_acquire(p);
 }
 
-// --- initialised memory -----------------------------------------------------------------------------------------------
+// --- initialised memory ----------------------------------------------------------------------------------------------
 
 void mark_initialised(const void* p, size_t bytes) {
   if (!checking || bytes == 0) return;
@@ -437,7 +439,7 @@ void forget_memory(const void* p, size_t bytes) {
   if (first_page < end_page) madvise(reinterpret_cast<void*>(first_page), end_page - first_page, MADV_DONTNEED);
 }
 
-// --- synchronisation --------------------------------------------------------------------------------------------------
+// --- synchronisation -------------------------------------------------------------------------------------------------
 
 void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes) {
   in_checked = launch.checked;

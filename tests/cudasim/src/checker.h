@@ -3,24 +3,26 @@
 
 #include "core.h"
 
-namespace cudasim __attribute__((visibility("hidden"))) {
+#pragma GCC visibility push(hidden)
+namespace cudasim {
 
-  // Called when an instrumented module is loaded. Before that nothing is checked but bounds, by copies and libraries.
-  void start_checking();
+// Called when an instrumented module is loaded. Before that nothing is checked but bounds, by copies and libraries.
+void start_checking();
 
-  enum class AccessKind { Read, Write, Atomic };
-  // An access by instrumented code, in a kernel or on the host. Does not return if the kernel cannot go on.
-  void check_access(const volatile void* p, size_t bytes, AccessKind kind, const void* pc);
+enum class AccessKind { Read, Write, Atomic };
+// An access by instrumented code, in a kernel or on the host. Does not return if the kernel cannot go on.
+void check_access(const volatile void* p, size_t bytes, AccessKind kind, const void* pc);
 
-  // Device memory as copies and libraries use it.
-  void mark_initialised(const void* p, size_t bytes);
-  bool all_initialised(const void* p, size_t bytes, size_t* first_bad);
-  void forget_memory(const void* p, size_t bytes);  // freed
+// Device memory as copies and libraries use it.
+void mark_initialised(const void* p, size_t bytes);
+bool all_initialised(const void* p, size_t bytes, size_t* first_bad);
+void forget_memory(const void* p, size_t bytes);  // freed
 
-  // What orders accesses, told by the scheduler.
-  void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes);
-  void begin_block();
-  void note_barrier();
-  void note_warp_sync(unsigned mask);  // of the running thread's warp
+// What orders accesses, told by the scheduler.
+void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes);
+void begin_block();
+void note_barrier();
+void note_warp_sync(unsigned mask);  // of the running thread's warp
 
 }  // namespace cudasim
+#pragma GCC visibility pop

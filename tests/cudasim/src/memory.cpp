@@ -1,7 +1,8 @@
 // Device memory and pinned host memory: allocation, copies, fills, and the checks of library accesses.
 //
-// Every allocation ends (rounded up to 256 bytes, the alignment CUDA promises) at an inaccessible page and is filled with
-// 0xFF, which is NaN in every float type. The bytes around it in its pages hold a pattern that is checked when it is freed.
+// Every allocation ends (rounded up to 256 bytes, the alignment CUDA promises) at an inaccessible page and is filled
+// with 0xFF, which is NaN in every float type. The bytes around it in its pages hold a pattern that is checked when it
+// is freed.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -115,7 +116,7 @@ bool is_pinned(const void* p, size_t bytes) {
   return static_cast<const char*>(p) + bytes <= begin + size;
 }
 
-// --- copies -----------------------------------------------------------------------------------------------------------
+// --- copies ----------------------------------------------------------------------------------------------------------
 
 void copy_now(void* to, const void* from, size_t bytes) {
   if (in_arena(from) && !check_read(from, bytes, "source of a copy")) return;
@@ -272,8 +273,8 @@ cudaError_t cudaFreeHost(void* p) {
   return call.error;
 }
 
-// The host waits, but not for a copy within the device, nor for the transfer of pageable memory once that has been read: a
-// non-blocking stream may still see the old data.
+// The host waits, but not for a copy within the device, nor for the transfer of pageable memory once that has been
+// read: a non-blocking stream may still see the old data.
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   const ApiCall call;
   if (call.error) return call.error;

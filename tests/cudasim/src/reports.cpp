@@ -27,9 +27,9 @@ std::set<std::string> seen;
 std::string context() {
   if (!in_kernel()) return "";
   char text[128];
-  const uint3 block = current_block, thread = current_thread->index;
-  std::snprintf(text, sizeof text, " block (%u,%u,%u) thread (%u,%u,%u): ", block.x, block.y, block.z, thread.x,
-                thread.y, thread.z);
+  const uint3 thread = current_thread->index;
+  std::snprintf(text, sizeof text, " block (%u,%u,%u) thread (%u,%u,%u): ", blockIdx.x, blockIdx.y, blockIdx.z,
+                thread.x, thread.y, thread.z);
   return "kernel " + current_kernel + text;
 }
 

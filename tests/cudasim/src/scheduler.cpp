@@ -1,7 +1,7 @@
 // Runs a grid on the calling thread: blocks one after another, each CUDA thread of a block as a fiber.
 //
-// A fiber runs until it waits at a barrier or in a warp operation; which one goes on is the schedule's choice. Staying in one
-// warp while it has ready lanes keeps its stacks in the cache.
+// A fiber runs until it waits at a barrier or in a warp operation; which one goes on is the schedule's choice. Staying
+// in one warp while it has ready lanes keeps its stacks in the cache.
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -61,7 +61,6 @@ namespace cudasim {
 
 __thread Thread* current_thread;
 std::string current_kernel;
-uint3 current_block;
 
 namespace {
 
@@ -89,7 +88,7 @@ struct {
 } barrier_state;
 int barrier_count, barrier_threads;  // result of the last barrier: true predicates, participants
 
-// --- choosing the next fiber ------------------------------------------------------------------------------------------
+// --- choosing the next fiber -----------------------------------------------------------------------------------------
 
 unsigned highest(uint32_t lanes) { return 31 - unsigned(__builtin_clz(lanes)); }
 unsigned lowest(uint32_t lanes) { return unsigned(__builtin_ctz(lanes)); }
@@ -147,7 +146,7 @@ void suspend() {
   }
 }
 
-// --- barriers ---------------------------------------------------------------------------------------------------------
+// --- barriers --------------------------------------------------------------------------------------------------------
 
 void release_barrier() {
   barrier_count = barrier_state.count;
@@ -162,7 +161,7 @@ bool same_place(const char* file, int line, const char* other_file, int other_li
   return line == other_line && (file == other_file || !std::strcmp(file, other_file));
 }
 
-// --- warp operations --------------------------------------------------------------------------------------------------
+// --- warp operations -------------------------------------------------------------------------------------------------
 
 // Runs thread's operation if all lanes of its mask have arrived.
 void complete_collective(unsigned w, Thread& thread) {
@@ -205,7 +204,7 @@ void exit_thread() {
   }
 }
 
-// --- faults -----------------------------------------------------------------------------------------------------------
+// --- faults ----------------------------------------------------------------------------------------------------------
 // An access that the checker did not see (fast kernels) may hit an inaccessible page.
 
 struct {
@@ -270,7 +269,7 @@ class FaultHandler {
   stack_t previous_stack_;
 };
 
-// --- blocks -----------------------------------------------------------------------------------------------------------
+// --- blocks ----------------------------------------------------------------------------------------------------------
 
 void make_stacks() {
   static bool made = false;
@@ -281,8 +280,8 @@ void make_stacks() {
     mprotect(reinterpret_cast<void*>(kStacks + i * kStackBytes), kPage, PROT_NONE);
 }
 
-// A stack that cudasim_switch can continue with: six registers and the address of cudasim_start_fiber, which then finds the
-// stack pointer aligned to 16 bytes.
+// A stack that cudasim_switch can continue with: six registers and the address of cudasim_start_fiber, which then finds
+// the stack pointer aligned to 16 bytes.
 void* prepare_stack(unsigned flat) {
   // Stacks at equal distances would compete for the same cache sets.
   const uintptr_t top = kStacks + (flat + 1) * kStackBytes - 192 * (flat % 128) - 64;
@@ -302,7 +301,7 @@ void prepare_threads(dim3 block) {
     thread.index = index;
     thread.flat = uint16_t(i);
     thread.lane = uint8_t(i % kLanes);
-    thread.state = State::Ready;
+    thread.state = State::Started;
     thread.sync_time = 0;
     if (++index.x == block.x) {
       index.x = 0;
@@ -462,7 +461,7 @@ cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic
   begin_launch(launch, shared, dynamic_bytes);
   cudaError_t error = cudaSuccess;
   for (const uint32_t i : block_order(size_t(grid.x) * grid.y * grid.z)) {
-    current_block = cudasim_block_index = uint3{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    cudasim_block_index = uint3{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     // Shared memory starts undefined: NaN.
     if (shared.variables)
       for (const SharedVariable& variable : *shared.variables)

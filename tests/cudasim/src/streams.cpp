@@ -1,7 +1,8 @@
 // Streams and events: work in order per stream, with dependencies between streams.
 //
-// Usually work runs in the call that submits it. In lazy mode it is queued and runs only when something waits for it, and
-// then only what that needs: a missing wait or a host buffer that is written too early shows as stale or wrong data.
+// Usually work runs in the call that submits it. In lazy mode it is queued and runs only when something waits for it,
+// and then only what that needs: a missing wait or a host buffer that is written too early shows as stale or wrong
+// data.
 #include <chrono>
 #include <deque>
 #include <memory>
@@ -132,7 +133,7 @@ void synchronize_all() {
 
 using namespace cudasim;
 
-// --- streams ----------------------------------------------------------------------------------------------------------
+// --- streams ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
   const ApiCall call;
@@ -196,7 +197,7 @@ cudaError_t cudaDeviceSynchronize() {
   return sticky_error();
 }
 
-// --- events -----------------------------------------------------------------------------------------------------------
+// --- events ----------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) {
   const ApiCall call;

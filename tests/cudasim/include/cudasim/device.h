@@ -1,5 +1,5 @@
-// What nvcc knows by itself, for g++: qualifiers, built-in variables and functions, launches. CUDA C++ Programming Guide,
-// "C++ Language Extensions".
+// What nvcc knows by itself, for g++: qualifiers, built-in variables and functions, launches. CUDA C++ Programming
+// Guide, "C++ Language Extensions".
 #pragma once
 
 #ifdef __CUDACC__
@@ -28,11 +28,11 @@
 #define CUDASIM_CHECKED false
 #endif
 
-// --- qualifiers -------------------------------------------------------------------------------------------------------
+// --- qualifiers ------------------------------------------------------------------------------------------------------
 // Blocks run one after another, so one copy of every __shared__ variable is enough. __thread gathers them in the
-// thread-local block of their module; unlike thread_local and plain static it needs no guard for a type with constructors.
-// The ABI tag becomes part of the symbol's name, by which the simulator finds the variables (src/modules.cpp). Two bytes are
-// the checker's granule.
+// thread-local block of their module; unlike thread_local and plain static it needs no guard for a type with
+// constructors. The ABI tag becomes part of the symbol's name, by which the simulator finds the variables
+// (src/modules.cpp). Two bytes are the checker's granule.
 #undef __shared__
 #define __shared__ static __thread __attribute__((abi_tag("cudasim"), aligned(2)))
 #undef __launch_bounds__
@@ -40,15 +40,15 @@
 #undef __grid_constant__
 #define __grid_constant__
 
-// --- built-in variables -----------------------------------------------------------------------------------------------
-// Constants, so that a kernel cannot write them and the sanitizer pass does not instrument reads. (It would for dim3, which
-// has a constructor; a uint3 converts to it.)
+// --- built-in variables ----------------------------------------------------------------------------------------------
+// Constants, so that a kernel cannot write them and the sanitizer pass does not instrument reads. (It would for dim3,
+// which has a constructor; a uint3 converts to it.)
 extern const uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
 namespace cudasim {
 
-// --- implemented by the library ---------------------------------------------------------------------------------------
+// --- implemented by the library --------------------------------------------------------------------------------------
 
 // 1024-byte aligned start of the running block's dynamic shared memory.
 unsigned char* dynamic_shared();
@@ -80,7 +80,7 @@ struct Launch {
 };
 cudaError_t launch(const cudaLaunchConfig_t* config, const Launch& launch);
 
-// --- launches ---------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 // An address in the calling thread's copy of this module's thread-local variables, which exists from then on. Internal
 // linkage: every module must have its own.
@@ -117,7 +117,7 @@ cudaError_t launch(const void* (*thread_locals)(), const cudaLaunchConfig_t* con
 // The launching module's thread-local variables hold its static shared memory.
 #define cudaLaunchKernelEx(...) ::cudasim::launch(&::cudasim::thread_locals, __VA_ARGS__)
 
-// --- synchronisation --------------------------------------------------------------------------------------------------
+// --- synchronisation -------------------------------------------------------------------------------------------------
 
 inline void __syncthreads(CUDASIM_HERE) { cudasim::barrier(cudasim::Vote::None, 0, file, line); }
 inline int __syncthreads_count(int predicate, CUDASIM_HERE) {
@@ -134,7 +134,7 @@ inline void __threadfence() { cudasim::fence(); }
 inline void __threadfence_system() { cudasim::fence(); }
 inline void __threadfence_block() {}
 
-// --- warp functions ---------------------------------------------------------------------------------------------------
+// --- warp functions --------------------------------------------------------------------------------------------------
 
 template <typename T>
 inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, CUDASIM_HERE) {
@@ -187,7 +187,7 @@ CUDASIM_REDUCE(__reduce_or_sync, unsigned, Or)
 CUDASIM_REDUCE(__reduce_xor_sync, unsigned, Xor)
 #undef CUDASIM_REDUCE
 
-// --- atomics ----------------------------------------------------------------------------------------------------------
+// --- atomics ---------------------------------------------------------------------------------------------------------
 // Threads are never interrupted here: read, compute, write. The checker is told by enter_atomic and sees nothing else.
 
 namespace cudasim {
@@ -221,7 +221,7 @@ inline T atomicCAS(T* p, std::common_type_t<T> compare, std::common_type_t<T> va
   return cudasim::update_atomically(p, [=](T old) -> T { return old == compare ? value : old; }, file, line);
 }
 
-// --- loads and stores with cache hints --------------------------------------------------------------------------------
+// --- loads and stores with cache hints -------------------------------------------------------------------------------
 
 #define CUDASIM_LOAD(name)            \
   template <typename T>               \
@@ -246,7 +246,7 @@ CUDASIM_STORE(__stcs)
 CUDASIM_STORE(__stwt)
 #undef CUDASIM_STORE
 
-// --- arithmetic -------------------------------------------------------------------------------------------------------
+// --- arithmetic ------------------------------------------------------------------------------------------------------
 // The approximate functions are exact here: tests of kernels that use them need a tolerance.
 
 #define CUDASIM_CAST(name, to, from)                            \
