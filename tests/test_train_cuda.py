@@ -76,6 +76,14 @@ def test_lazy_streams_change_nothing():
     assert losses(eager) == losses(lazy)
 
 
+def test_products_that_cublaslt_cannot_fuse():
+    """-ge 2 runs as -ge 0 then, to the bit."""
+    plain = train("-x 4 -ge 0")
+    fused = train("-x 4 -ge 2")
+    without = train("-x 4 -ge 2", CUDASIM_CUBLASLT_WITHOUT="GELU_AUX_BIAS,DGELU")
+    assert losses(without) == losses(plain) != losses(fused)
+
+
 def test_a_checkpoint_of_the_cpu_goes_on_the_gpu():
     train("-x 3 -n 3 -o run --precision fp32 --device cpu")
     assert "resuming at step 3" in train("-x 5 -n 5 -o run --precision fp32 -y 1")
