@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc import machine, models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
@@ -28,6 +28,9 @@ import train_gpt2
 
 from llmc.cli import run
 from llmc.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from llmc import _C
 
 CASES = ["d12:4x64", "d12:1x1024", "chess:d8:4x256"]
 CONTENDERS = ["llmc", "eager", "compiled"]
@@ -124,6 +127,11 @@ def llmc_step(descriptor: str, tokens: torch.Tensor) -> Callable[[], float]:
     shape = models.resolve(descriptor, None)
     B, T = tokens.shape[0], tokens.shape[1] - 1
     model = _C.GPT2(_C.GPT2Config(**vars(shape)), _C.Options(batch_size=B, seq_len=T, gelu_fusion=2))
+    return steps_of(model, tokens)
+
+
+def steps_of(model: "_C.GPT2", tokens: torch.Tensor) -> Callable[[], float]:
+    """A step of an llmc model from random parameters on tokens (B,T+1); returns the loss."""
     model.init_random()
     x, y = tokens[:, :-1], tokens[:, 1:]
     done = 0

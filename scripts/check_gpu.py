@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llmc import models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
+import benchmark  # isort: skip
 import pynvml  # isort: skip
 import torch
 import torch_peer
@@ -38,7 +39,6 @@ MODELS = {"124M": "d12", "350M": "d24", "1558M": "d48"}
 T = 1024
 LARGEST_B = 64
 WARMUP_STEPS, STEPS = 5, 20
-LEARNING_RATE = 1e-4
 OUT_OF_MEMORY = re.compile(r"out of memory|MiB of memory left|does not fit", re.IGNORECASE)
 
 
@@ -75,19 +75,7 @@ def llmc_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable
     config = TrainConfig(model=descriptor, batch_size=B, seq_len=length)
     shape = models.resolve(descriptor, None)
     model = _C.GPT2(core_config(descriptor, shape), core_options(config, "bf16", device))
-    model.init_random()
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    done = 0
-
-    def step() -> float:
-        nonlocal done
-        done += 1
-        model.forward(x)
-        model.backward(y)
-        model.update(lr=LEARNING_RATE, weight_decay=0.1, step=done)
-        return float(model.loss())
-
-    return step
+    return benchmark.steps_of(model, tokens)
 
 
 def torch_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable[[], float]:
@@ -98,7 +86,7 @@ def torch_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callabl
     if device.is_cuda:  # on a CPU, for the tests of this file, compiling takes too long
         model = torch.compile(model)
     x, y = tokens[:, :-1].to(kind), tokens[:, 1:].to(kind)
-    return lambda: torch_peer.train_step(InBf16(model, kind), optimizer, x, y, LEARNING_RATE)
+    return lambda: torch_peer.train_step(InBf16(model, kind), optimizer, x, y, benchmark.LEARNING_RATE)
 
 
 class InBf16(torch.nn.Module):

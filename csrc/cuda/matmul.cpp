@@ -5,28 +5,40 @@
 #include "ops/workspace.h"
 
 namespace llmc::cuda {
+namespace {
+
+// out = x·weightᵀ + bias
+Product forward_product(Tensor out, Tensor x, Tensor weight, Tensor bias) {
+  Product product;
+  product.d = out;
+  product.a = x;
+  product.b = weight;
+  product.transpose_b = true;
+  product.bias = bias;
+  return product;
+}
+
+// dx = dout·weight
+Product input_product(Tensor dx, Tensor dout, Tensor weight) {
+  Product product;
+  product.d = dx;
+  product.a = dout;
+  product.b = weight;
+  return product;
+}
+
+}  // namespace
 
 bool CudaOps::multiply(const Product& product) {
   return cublas_->run(product, tf32_, scratch(workspace::kCublas), workspace::kCublas, stream_);
 }
 
 void CudaOps::matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) {
-  Product product;
-  product.d = out;
-  product.a = x;
-  product.b = weight;
-  product.transpose_b = true;
-  product.bias = bias;
-  multiply(product);
+  multiply(forward_product(out, x, weight, bias));
 }
 
 void CudaOps::matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weight, Tensor bias) {
-  Product product;
-  product.d = out;
-  product.a = x;
-  product.b = weight;
-  product.transpose_b = true;
-  product.bias = bias;
+  Product product = forward_product(out, x, weight, bias);
   product.gelu = Product::Gelu::Forward;
   product.pre = pre;
   if (multiply(product)) return;
@@ -35,18 +47,11 @@ void CudaOps::matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weigh
 }
 
 void CudaOps::matmul_backward_input(Tensor dx, Tensor dout, Tensor weight) {
-  Product product;
-  product.d = dx;
-  product.a = dout;
-  product.b = weight;
-  multiply(product);
+  multiply(input_product(dx, dout, weight));
 }
 
 void CudaOps::matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) {
-  Product product;
-  product.d = dpre;
-  product.a = dout;
-  product.b = weight;
+  Product product = input_product(dpre, dout, weight);
   product.gelu = Product::Gelu::Backward;
   product.pre = pre;
   if (multiply(product)) return;
