@@ -2,6 +2,7 @@
 
 import math
 
+import devices
 import pytest
 import torch
 from devices import ops
@@ -119,6 +120,19 @@ def test_tf32(shape: tuple[int, int, int, int], device: str) -> None:
     for actual, expected in ((out, exact_out.detach()), (dqkv, leaf.grad)):
         error = float((actual - expected).norm() / expected.norm())
         assert 2.0**-16 < error < 2.0**-10  # a unit roundoff of 2^-12, and several of them in a row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [32, 64, 96, 128])
+def test_tiles_fit_into_the_shared_memory_of_consumer_gpus(head_size: int, dtype: torch.dtype, device: str) -> None:
+    """99 KiB for a block; the same tiles, so the same bits, as with the 227 KiB of a Hopper."""
+    if device != "cudasim":
+        pytest.skip("only the simulator's shared memory can be chosen")
+    qkv, dout = normal((1, 70, 3 * head_size), dtype, seed=1), normal((1, 70, head_size), dtype, seed=2)
+    large = run(qkv, dout, 1)
+    with devices.simulator().settings(shared_memory=devices.SMALL):
+        small = run(qkv, dout, 1)
+    assert all(map(torch.equal, small, large))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
