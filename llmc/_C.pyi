@@ -15,7 +15,10 @@ def build_info() -> dict[str, Any]:
     """What this build of the core is made of."""
 
 def why_no_cuda_device() -> str:
-    """Why there is no usable CUDA device, or an empty string."""
+    """Why no model can run on CUDA, or an empty string."""
+
+def cuda_free_memory(device: int = 0) -> int:
+    """Bytes of a CUDA device's memory that are free now."""
 
 def cuda_devices() -> list[dict[str, Any]]:
     """The CUDA devices that can be used: name, PCI bus id, compute capability, multiprocessors, memory in bytes."""

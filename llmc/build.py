@@ -66,6 +66,8 @@ def precision_of(config: TrainConfig, on_cuda: bool, stored: FileDtype | None) -
     """
     auto: FileDtype = (stored or "bf16") if on_cuda else "fp32"
     precision: FileDtype = {"auto": auto, "fp32": "fp32", "bf16": "bf16"}[config.precision]
+    if not config.tf32 and not (on_cuda and precision == "fp32"):
+        raise UsageError("-f 0 has no effect but in fp32 on a GPU: drop it")
     if precision == "fp32" and not config.master_weights:
         raise UsageError("-w 0 has no effect in fp32, where parameters are their own master copy: drop it")
     if precision == "fp32" and config.grad_dtype == "bf16":

@@ -19,6 +19,12 @@ class Device:
     fuses_gelu: bool  # whether a GELU inside the matrix products costs nothing
     pci_bus_id: str = ""  # of a GPU
 
+    def free_memory(self) -> int:
+        """Bytes that nobody has now: of a GPU; a CPU's memory is never quite free and still there for the run."""
+        from llmc import _C
+
+        return _C.cuda_free_memory() if self.is_cuda else self.memory
+
     @property
     def is_cuda(self) -> bool:
         return self.core_name != "cpu"
@@ -37,14 +43,15 @@ def choose_device(config: TrainConfig) -> Device:
     """What --device says; auto is a GPU where there is one. RunError if it is not there."""
     from llmc import _C
 
-    why_not = _C.why_no_cuda_device()
-    if config.device == "cuda" and why_not:
+    if config.device == "cpu":
+        return cpu()
+    if why_not := _C.why_no_cuda_device():
+        if config.device == "auto":
+            return cpu()
         raise RunError(f"--device cuda: {why_not}; use --device cpu")
-    if config.device == "cuda" or (config.device == "auto" and not why_not):
-        gpu = _C.cuda_devices()[0]
-        fuses_gelu = gpu["compute_capability"] >= (9, 0)
-        return Device("cuda:0", gpu["name"], gpu["memory"], fuses_gelu, gpu["pci_bus_id"])
-    return cpu()
+    gpu = _C.cuda_devices()[0]
+    fuses_gelu = gpu["compute_capability"] >= (9, 0)
+    return Device("cuda:0", gpu["name"], gpu["memory"], fuses_gelu, gpu["pci_bus_id"])
 
 
 def cpu() -> Device:

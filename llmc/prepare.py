@@ -248,10 +248,12 @@ def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelSh
 
 
 def check_memory(buffers: list[Buffer], device: Device) -> None:
-    needed = total_bytes(buffers)
-    if needed > device.memory:
-        where = device.name if device.is_cuda else "this machine"
+    needed, available = total_bytes(buffers), device.free_memory()
+    if needed > available:
+        where = f"{device.name} has {available // 2**20} MiB free"
+        if not device.is_cuda:
+            where = f"this machine has {available // 2**20} MiB"
         raise RunError(
-            f"the run needs {needed // 2**20} MiB of memory, {where} has {device.memory // 2**20} MiB: "
+            f"the run needs {needed // 2**20} MiB of memory, {where}: "
             "lower -b or -t, raise -r, or use a smaller model (--dry-run shows what would fit)"
         )

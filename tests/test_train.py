@@ -341,10 +341,6 @@ def test_tokenizer_flag(train, directory):
     assert train("-x 0 -s 1 --tokenizer other.bin").samples == ["xxxxxxx"]
 
 
-def test_tf32_is_no_matter_for_a_cpu(train):
-    assert train("-f 0").column("loss") == train("-f 1").column("loss")
-
-
 def test_zero_with_one_process(train):
     """The command line of a cluster also works alone: there is nothing to cut."""
     plain, sharded = train(), train("-z 2")
@@ -480,6 +476,7 @@ REFUSED = [  # flags, exit status, what the message must contain
     ),
     ("-e no/chessGPT_d8_bf16.bin", 1, "make it, with random weights: llmc-init chess:d8 --out no/chessGPT_d8_bf16.bin"),
     ("-e chessGPT_d8_bf16.bin", 1, "there is no such file; make it, with random weights: llmc-init chess:d8"),
+    ("-f 0", 2, "-f 0 has no effect but in fp32 on a GPU: drop it"),
     ("-lg 10", 2, "-lg 10 needs a GPU, this run is on the CPU: drop it"),
     ("-h 1", 2, "-h 1: this version has no HellaSwag evaluation; drop it"),
     ("-pn 2", 2, "-pn 2 has no effect with -pm mpi"),

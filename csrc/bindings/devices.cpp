@@ -5,6 +5,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <map>
+#include <mutex>
+#include <optional>
 #include <utility>
 
 #include "bindings/bindings.h"
@@ -40,7 +42,8 @@ struct CurrentOps::Scope {
   explicit Scope(c10::Device device) : lock(mutex), guard(device) {}
 
   std::lock_guard<std::mutex> lock;
-  c10::DeviceGuard guard;
+  c10::DeviceGuard guard;           // torch's CUDA runtime
+  std::optional<OnDevice> current;  // and our own, which is linked statically
 };
 
 CurrentOps::CurrentOps(Device device) {
@@ -52,9 +55,17 @@ CurrentOps::CurrentOps(Device device) {
   scope_ = std::make_unique<Scope>(torch_device);
   const c10::Stream stream = c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(torch_device);
   ops_ = &cuda_ops(device.index, stream.native_handle());
+  scope_->current.emplace(*ops_);
 }
 
 CurrentOps::~CurrentOps() = default;
+
+std::string why_no_cuda_device() {
+  const std::string why = llmc::why_no_cuda_device();
+  if (!why.empty() || c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA)) return why;
+  return "the installed torch was built without CUDA, and a model's memory is shown as torch tensors: install one with "
+         "CUDA";
+}
 
 void allow_tf32(bool allowed) {
   const std::lock_guard<std::mutex> lock(mutex);

@@ -7,7 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <mutex>
+#include <string>
 
 #include "core/device.h"
 #include "ops/ops.h"
@@ -37,6 +37,9 @@ class CurrentOps {
   std::unique_ptr<Scope> scope_;
   Ops* ops_;
 };
+
+// Why a model cannot run on CUDA, in one sentence, or "" if it can.
+std::string why_no_cuda_device();
 
 // fp32 operations on CUDA tensors may use TF32.
 void allow_tf32(bool allowed);

@@ -183,7 +183,8 @@ void register_model(py::module_& module) {
 
   py::class_<GPT2, Model>(module, "GPT2", py::module_local(),
                           "GPT-2 with its training step; see csrc/gpt2/model.h. Parameters are 0 until init_random() "
-                          "or until they are written.")
+                          "or until they are written. On CUDA its work, and so its views, are ordered with torch's "
+                          "default stream; on another stream synchronise first.")
       .def(py::init([](const GPT2Config& config, const Options& options) {
              py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
              const Device device = options.device;
@@ -195,7 +196,7 @@ void register_model(py::module_& module) {
       .def_property_readonly("options", &GPT2::options)
       .def("init_random", &GPT2::init_random, no_gil, "seed"_a = 42,
            "Random parameters: GPT-2's initialisation, drawn like torch's from mt19937. Forgets the optimizer state.")
-      .def("reset_optimizer", &GPT2::reset_optimizer,
+      .def("reset_optimizer", &GPT2::reset_optimizer, no_gil,
            "Forget m, v and master weights: needed after parameters were written from outside a used model.")
       .def(
           "forward",

@@ -1,6 +1,7 @@
 #include <omp.h>
 
 #include "bindings/bindings.h"
+#include "bindings/devices.h"
 #include "core/check.h"
 #include "cpu/blas.h"
 #include "cpu/make_cpu_ops.h"
@@ -9,6 +10,7 @@
 namespace llmc::bindings {
 
 void register_build_info(py::module_& module) {
+  using namespace py::literals;
   module.def(
       "build_info",
       [] {
@@ -22,7 +24,9 @@ void register_build_info(py::module_& module) {
         return info;
       },
       "What this build of the core is made of.");
-  module.def("why_no_cuda_device", &why_no_cuda_device, "Why there is no usable CUDA device, or an empty string.");
+  module.def("why_no_cuda_device", &bindings::why_no_cuda_device, "Why no model can run on CUDA, or an empty string.");
+  module.def("cuda_free_memory", &cuda_free_memory, "device"_a = 0,
+             "Bytes of a CUDA device's memory that are free now.");
   module.def(
       "cuda_devices",
       [] {

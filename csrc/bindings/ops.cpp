@@ -358,7 +358,7 @@ void register_ops(py::module_& module) {
   m.def("cast", &cast, no_gil, "out"_a, "x"_a, "out = x, between fp32 and bf16");
   m.def("accumulate", &accumulate, no_gil, "out"_a, "x"_a, "out += x, fp32 or bf16 each");
   m.def("sum", &sum, no_gil, "x"_a, "Sum of an fp32 tensor");
-  m.def("allow_tf32", &allow_tf32, "allowed"_a,
+  m.def("allow_tf32", &allow_tf32, no_gil, "allowed"_a,
         "Let fp32 products and attention on CUDA tensors round their operands to TF32; off at first, as in torch.");
 }
 

@@ -69,6 +69,35 @@ __device__ void load_tile(Tile<X, kRows, kHS> tile, Head<const X> head, int firs
   }
 }
 
+// What a block works on. The grid has one dimension, of tiles times heads, with all heads of a tile side by side.
+struct Place {
+  int64_t head;  // b·NH + h
+  int tile, tiles;
+
+  // heads = B·NH
+  __device__ explicit Place(int heads)
+      : head(blockIdx.x % heads), tile(int(blockIdx.x / heads)), tiles(int(gridDim.x / heads)) {}
+};
+
+// The matrices of one head: qkv (B,T,3C), out (B,T,C) or its gradient.
+struct HeadViews {
+  int64_t b, h, C;
+  int T, HS;
+
+  __device__ HeadViews(Place place, int T_, int NH, int HS_)
+      : b(place.head / NH), h(place.head % NH), C(int64_t(NH) * HS_), T(T_), HS(HS_) {}
+
+  // part: 0 q, 1 k, 2 v
+  template <typename Y>
+  __device__ Head<Y> of_qkv(Y* qkv, int part) const {
+    return {qkv + b * T * 3 * C + part * C + h * HS, 3 * C, T, HS};
+  }
+  template <typename Y>
+  __device__ Head<Y> of_out(Y* out) const {
+    return {out + b * T * C + h * HS, C, T, HS};
+  }
+};
+
 // --- arithmetics --------------------------------------------------------------------------------------------------------
 // Each offers, for a warp:
 //   products(acc, a, row, b)   acc += A·Bᵀ, A = rows [row, row + 16) of tile a, B = tile b
@@ -149,17 +178,22 @@ struct Tf32 {
     const int lane = threadIdx.x % kWarp, group = lane / 4, member = lane % 4;
 #pragma unroll
     for (int k = 0; k < kInner; k += 8) {
-      const uint32_t fragment_a[4] = {to_tf32(column_of(p[k / 8], 0, member)), to_tf32(column_of(p[k / 8], 2, member)),
-                                      to_tf32(column_of(p[k / 8], 0, member + 4)),
-                                      to_tf32(column_of(p[k / 8], 2, member + 4))};
+      // The order of the inner index is free: with 2·member and 2·member + 1 for the fragments' member and member + 4 the
+      // accumulators are just the fragment of A.
+      const float (&block)[4] = p[k / 8];
+      const uint32_t fragment_a[4] = {to_tf32(block[0]), to_tf32(block[2]), to_tf32(block[1]), to_tf32(block[3])};
 #pragma unroll
       for (int n = 0; n < kHS; n += 8) {
-        const X* r = b.at(k + member, n + group);
-        const X* s = b.at(k + member + 4, n + group);
-        mma_m16n8k8_tf32(acc[n / 8], fragment_a, {to_tf32(*r), to_tf32(*s)});
+        const X* r = b.at(k + 2 * member, n + group);
+        mma_m16n8k8_tf32(acc[n / 8], fragment_a, {to_tf32(r[0]), to_tf32(r[b.kPitch])});
       }
     }
   }
+};
+
+// Plain fp32, without tensor cores.
+struct Fp32 {
+  using X = float;
 
   // The value at `column` (0 to 7) of a block of accumulators, in this thread's row (first = 0) or 8 below (first = 2).
   __device__ static float column_of(const float (&block)[4], int first, int column) {
@@ -168,11 +202,6 @@ struct Tf32 {
     const float odd = __shfl_sync(kFullMask, block[first + 1], owner);
     return column % 2 == 0 ? even : odd;
   }
-};
-
-// Plain fp32, without tensor cores.
-struct Fp32 {
-  using X = float;
 
   template <int kHS, int kRowsA, int kColumns>
   __device__ static void products(float (&acc)[kColumns / 8][4], Tile<X, kRowsA, kHS> a, int row,
@@ -202,7 +231,7 @@ struct Fp32 {
     for (int block = 0; block < kInner / 8; block++) {
 #pragma unroll 1
       for (int column = 0; column < 8; column++) {
-        const float upper = Tf32::column_of(p[block], 0, column), lower = Tf32::column_of(p[block], 2, column);
+        const float upper = column_of(p[block], 0, column), lower = column_of(p[block], 2, column);
 #pragma unroll
         for (int n = 0; n < kHS; n += 8) {
           const X* r = b.at(block * 8 + column, n + 2 * member);
@@ -250,9 +279,11 @@ __device__ void store_rows(Head<X> head, int first, const float (&acc)[kHS / 8][
   }
 }
 
-// How the tiles are cut. Beside the tile of its own rows a block has two sets of the other tiles, one of which is loaded while
-// it works on the other; that and the registers limit their rows. All fit into 99 KB, the smallest shared memory of GPUs
-// with compute capability 8.0 and more.
+// How the tiles are cut. Beside the tile of its own rows a block has two sets of the other tiles, one of which is loaded
+// while it works on the other; that and the registers limit their rows. All fit into the smallest shared memory that a block
+// may have on GPUs of compute capability 8.0 and more.
+constexpr size_t kSmallestSharedMemory = 99 << 10;
+
 template <typename Arithmetic, int kHS>
 struct Shape {
   using X = typename Arithmetic::X;

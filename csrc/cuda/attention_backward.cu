@@ -29,6 +29,7 @@ struct Block {
   using OwnTile = Tile<X, kRows, kHS>;
   using OtherTile = Tile<X, kOther, kHS>;
   static constexpr size_t kSharedBytes = sizeof(X) * (2 * OwnTile::kElements + 4 * OtherTile::kElements);
+  static_assert(kSharedBytes <= kSmallestSharedMemory);
 
   // The two tiles of the block's own rows, and the two of each of the two sets.
   X* shared;
@@ -62,32 +63,19 @@ __global__ void __launch_bounds__(kDeltaThreads)
   }
 }
 
-// The four matrices of head h of batch row b.
-template <typename X>
-struct Inputs {
-  Head<const X> q, k, v, dout;
-
-  __device__ Inputs(const X* qkv, const X* dout_, int64_t b, int64_t h, int T, int NH, int HS) {
-    const int64_t C = int64_t(NH) * HS;
-    const X* head = qkv + b * T * 3 * C + h * HS;
-    q = {head, 3 * C, T, HS};
-    k = {head + C, 3 * C, T, HS};
-    v = {head + 2 * C, 3 * C, T, HS};
-    dout = {dout_ + b * T * C + h * HS, C, T, HS};
-  }
-};
-
-// Block (b·NH + h, query tile counted from the last).
+// The tiles of queries are taken from the last to the first.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
-    attention_dq_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int T, int NH,
-                        int HS, float scale) {
+    attention_dq_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int heads, int T,
+                        int NH, int HS, float scale) {
   using B = Block<Arithmetic, kHS>;
   LLMC_DYNAMIC_SHARED(X, shared);
   const B block = {shared};
-  const int64_t b = blockIdx.x / NH, h = blockIdx.x % NH, C = int64_t(NH) * HS;
-  const Inputs<X> in(qkv, dout, b, h, T, NH, HS);
-  const int first_query = (gridDim.y - 1 - blockIdx.y) * B::kRows;
+  const Place place(heads);
+  const HeadViews views(place, T, NH, HS);
+  const Head<const X> q = views.of_qkv(qkv, 0), k = views.of_qkv(qkv, 1), v = views.of_qkv(qkv, 2);
+  const Head<const X> d = views.of_out(dout);
+  const int first_query = (place.tiles - 1 - place.tile) * B::kRows;
   const int tiles = (min(T, first_query + B::kRows) + B::kOther - 1) / B::kOther;
 
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kWarpRows;
@@ -96,19 +84,19 @@ __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
   float query_lse[2], query_delta[2];
   for (int r = 0; r < 2; r++) {
     query[r] = first_query + row + lane / 4 + 8 * r;
-    const int64_t i = int64_t(blockIdx.x) * T + query[r];
+    const int64_t i = place.head * T + query[r];
     query_lse[r] = query[r] < T ? lse[i] * kLog2e : INFINITY;  // rows beyond T: p = 0
     query_delta[r] = query[r] < T ? delta[i] : 0.0f;
   }
   float dq[kHS / 8][4] = {};
 
   const auto load_keys = [&](int tile) {
-    load_tile<B::kThreads>(block.other(0, tile % 2), in.k, tile * B::kOther);
-    load_tile<B::kThreads>(block.other(1, tile % 2), in.v, tile * B::kOther);
+    load_tile<B::kThreads>(block.other(0, tile % 2), k, tile * B::kOther);
+    load_tile<B::kThreads>(block.other(1, tile % 2), v, tile * B::kOther);
     cp_async_commit();
   };
-  load_tile<B::kThreads>(block.own(0), in.q, first_query);
-  load_tile<B::kThreads>(block.own(1), in.dout, first_query);
+  load_tile<B::kThreads>(block.own(0), q, first_query);
+  load_tile<B::kThreads>(block.own(1), d, first_query);
   load_keys(0);
   for (int tile = 0; tile < tiles; tile++) {
     cp_async_wait<0>();
@@ -120,48 +108,52 @@ __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
     float p[B::kOther / 8][4] = {}, ds[B::kOther / 8][4] = {};
     Arithmetic::products(p, block.own(0), row, block.other(0, tile % 2));
     Arithmetic::products(ds, block.own(1), row, block.other(1, tile % 2));
+    const bool diagonal = first_key + B::kOther - 1 > first_query + row;
 #pragma unroll
     for (int n = 0; n < B::kOther / 8; n++) {
       for (int i = 0; i < 4; i++) {
-        const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
         const float probability = exp2_approx(fmaf(p[n][i], scale_log2, -query_lse[i / 2]));
-        ds[n][i] = key <= query[i / 2] ? probability * (ds[n][i] - query_delta[i / 2]) : 0.0f;
+        ds[n][i] = probability * (ds[n][i] - query_delta[i / 2]);
+        const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
+        if (diagonal && key > query[i / 2]) ds[n][i] = 0;
       }
     }
     Arithmetic::accumulate(dq, ds, block.other(0, tile % 2));
   }
   const float scales[2] = {scale, scale};
-  store_rows(Head<X>{dqkv + b * T * 3 * C + h * HS, 3 * C, T, HS}, first_query + row, dq, scales, block.own(0), row);
+  store_rows(views.of_qkv(dqkv, 0), first_query + row, dq, scales, block.own(0), row);
 }
 
-// Block (b·NH + h, key tile). The products are transposed: rows are keys, columns are queries.
+// The products are transposed: rows are keys, columns are queries.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
-    attention_dkdv_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int T, int NH,
-                          int HS, float scale) {
+    attention_dkdv_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int heads, int T,
+                          int NH, int HS, float scale) {
   using B = Block<Arithmetic, kHS>;
   LLMC_DYNAMIC_SHARED(X, shared);
   const B block = {shared};
-  const int64_t b = blockIdx.x / NH, h = blockIdx.x % NH, C = int64_t(NH) * HS;
-  const Inputs<X> in(qkv, dout, b, h, T, NH, HS);
-  const int first_key = blockIdx.y * B::kRows;
+  const Place place(heads);
+  const HeadViews views(place, T, NH, HS);
+  const Head<const X> q = views.of_qkv(qkv, 0), k = views.of_qkv(qkv, 1), v = views.of_qkv(qkv, 2);
+  const Head<const X> d = views.of_out(dout);
+  const int first_key = place.tile * B::kRows;
   const int tiles = (T + B::kOther - 1) / B::kOther;
 
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kWarpRows;
   const int key[2] = {first_key + row + lane / 4, first_key + row + lane / 4 + 8};
   const float scale_log2 = scale * kLog2e;
-  const float* head_lse = lse + int64_t(blockIdx.x) * T;
-  const float* head_delta = delta + int64_t(blockIdx.x) * T;
+  const float* head_lse = lse + place.head * T;
+  const float* head_delta = delta + place.head * T;
   float dk[kHS / 8][4] = {}, dv[kHS / 8][4] = {};
 
   const auto load_queries = [&](int tile) {
-    load_tile<B::kThreads>(block.other(0, tile % 2), in.q, tile * B::kOther);
-    load_tile<B::kThreads>(block.other(1, tile % 2), in.dout, tile * B::kOther);
+    load_tile<B::kThreads>(block.other(0, tile % 2), q, tile * B::kOther);
+    load_tile<B::kThreads>(block.other(1, tile % 2), d, tile * B::kOther);
     cp_async_commit();
   };
   const int first_tile = first_key / B::kOther;
-  load_tile<B::kThreads>(block.own(0), in.k, first_key);
-  load_tile<B::kThreads>(block.own(1), in.v, first_key);
+  load_tile<B::kThreads>(block.own(0), k, first_key);
+  load_tile<B::kThreads>(block.own(1), v, first_key);
   load_queries(first_tile);
   for (int tile = first_tile; tile < tiles; tile++) {
     cp_async_wait<0>();
@@ -170,34 +162,42 @@ __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
     const int first_query = tile * B::kOther;
     if (first_query + B::kOther - 1 < first_key + row) continue;  // all before the warp's keys
 
-    float p[B::kOther / 8][4] = {};
-    Arithmetic::products(p, block.own(0), row, block.other(0, tile % 2));
-    float query_delta[B::kOther / 8][2];
+    // Of this thread's columns; each is loaded before the product behind which its latency hides.
+    float of_query[B::kOther / 8][2];
+    const auto load_of_query = [&](const float* values, float beyond) {
 #pragma unroll
-    for (int n = 0; n < B::kOther / 8; n++) {
-      for (int j = 0; j < 2; j++) {
-        const int query = first_query + n * 8 + lane % 4 * 2 + j;
-        const float query_lse = query < T ? head_lse[query] * kLog2e : INFINITY;  // rows beyond T: p = 0
-        query_delta[n][j] = query < T ? head_delta[query] : 0.0f;
-        for (int i = j; i < 4; i += 2) {
-          const float probability = exp2_approx(fmaf(p[n][i], scale_log2, -query_lse));
-          p[n][i] = key[i / 2] <= query ? probability : 0.0f;
+      for (int n = 0; n < B::kOther / 8; n++) {
+        for (int j = 0; j < 2; j++) {
+          const int query = first_query + n * 8 + lane % 4 * 2 + j;
+          of_query[n][j] = query < T ? values[query] : beyond;
         }
       }
+    };
+    load_of_query(head_lse, INFINITY);  // rows beyond T: p = 0
+    float p[B::kOther / 8][4] = {};
+    Arithmetic::products(p, block.own(0), row, block.other(0, tile % 2));
+    const bool diagonal = first_query < first_key + row + kWarpRows - 1;
+#pragma unroll
+    for (int n = 0; n < B::kOther / 8; n++) {
+      for (int i = 0; i < 4; i++) {
+        p[n][i] = exp2_approx(fmaf(p[n][i], scale_log2, -of_query[n][i % 2] * kLog2e));
+        const int query = first_query + n * 8 + lane % 4 * 2 + i % 2;
+        if (diagonal && query < key[i / 2]) p[n][i] = 0;
+      }
     }
+    load_of_query(head_delta, 0);
     Arithmetic::accumulate(dv, p, block.other(1, tile % 2));
     float ds[B::kOther / 8][4] = {};
     Arithmetic::products(ds, block.own(1), row, block.other(1, tile % 2));
 #pragma unroll
     for (int n = 0; n < B::kOther / 8; n++) {
-      for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - query_delta[n][i % 2]);
+      for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - of_query[n][i % 2]);
     }
     Arithmetic::accumulate(dk, ds, block.other(0, tile % 2));
   }
   const float scales[2] = {scale, scale}, ones[2] = {1, 1};
-  X* head = dqkv + b * T * 3 * C + h * HS;
-  store_rows(Head<X>{head + C, 3 * C, T, HS}, first_key + row, dk, scales, block.own(0), row);
-  store_rows(Head<X>{head + 2 * C, 3 * C, T, HS}, first_key + row, dv, ones, block.own(1), row);
+  store_rows(views.of_qkv(dqkv, 1), first_key + row, dk, scales, block.own(0), row);
+  store_rows(views.of_qkv(dqkv, 2), first_key + row, dv, ones, block.own(1), row);
 }
 
 template <typename Arithmetic, typename X = typename Arithmetic::X>
@@ -208,11 +208,11 @@ void backward(X* dqkv, const X* dout, const X* out, const float* lse, const X* q
   dispatch_head_size(HS, [&](auto padded) {
     constexpr int kHS = decltype(padded)::value;
     using Block = Block<Arithmetic, kHS>;
-    const dim3 grid(unsigned(B * NH), blocks_for(T, Block::kRows));
+    const unsigned grid = unsigned(B * NH) * blocks_for(T, Block::kRows);
     const float scale = 1 / std::sqrt(float(HS));
     for (const auto kernel : {attention_dkdv_kernel<Arithmetic, kHS>, attention_dq_kernel<Arithmetic, kHS>}) {
       launch(kernel, grid, Block::kThreads, Block::kSharedBytes, stream, dqkv, dout, lse,
-             static_cast<const float*>(delta), qkv, int(T), int(NH), int(HS), scale);
+             static_cast<const float*>(delta), qkv, int(B * NH), int(T), int(NH), int(HS), scale);
     }
   });
 }

@@ -27,10 +27,11 @@ constexpr size_t kSharedBytes =
     sizeof(typename Arithmetic::X) * (Tile<typename Arithmetic::X, kQueries, kHS>::kElements +
                                       4 * Tile<typename Arithmetic::X, kKeys<Arithmetic, kHS>, kHS>::kElements);
 
-// Block (b·NH + h, query tile counted from the last). scale = 1/√HS.
+// The tiles of queries are taken from the last to the first. scale = 1/√HS.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_forward_kernel(X* out, float* lse, const X* qkv, int T, int NH, int HS, float scale) {
+    attention_forward_kernel(X* out, float* lse, const X* qkv, int heads, int T, int NH, int HS, float scale) {
+  static_assert(kSharedBytes<Arithmetic, kHS> <= kSmallestSharedMemory);
   constexpr int kKeys = llmc::cuda::kKeys<Arithmetic, kHS>;
   using KeyTile = Tile<X, kKeys, kHS>;
   LLMC_DYNAMIC_SHARED(X, shared);
@@ -38,11 +39,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto k = [=](int set) { return KeyTile{shared + q.kElements + 2 * set * KeyTile::kElements}; };
   const auto v = [=](int set) { return KeyTile{shared + q.kElements + (2 * set + 1) * KeyTile::kElements}; };
 
-  const int64_t b = blockIdx.x / NH, h = blockIdx.x % NH, C = int64_t(NH) * HS;
-  const X* head = qkv + b * T * 3 * C + h * HS;
-  const Head<const X> queries = {head, 3 * C, T, HS}, keys = {head + C, 3 * C, T, HS},
-                      values = {head + 2 * C, 3 * C, T, HS};
-  const int first_query = (gridDim.y - 1 - blockIdx.y) * kQueries;
+  const Place place(heads);
+  const HeadViews views(place, T, NH, HS);
+  const Head<const X> queries = views.of_qkv(qkv, 0), keys = views.of_qkv(qkv, 1), values = views.of_qkv(qkv, 2);
+  const int first_query = (place.tiles - 1 - place.tile) * kQueries;
   const int tiles = (min(T, first_query + kQueries) + kKeys - 1) / kKeys;
 
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kWarpRows;  // the warp's rows of the tile
@@ -105,17 +105,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int r = 0; r < 2; r++) {
     const float total = row_sum(sum[r]);
     inverse[r] = 1.0f / total;
-    if (lane % 4 == 0 && query[r] < T) lse[int64_t(blockIdx.x) * T + query[r]] = largest[r] * scale + logf(total);
+    if (lane % 4 == 0 && query[r] < T) lse[place.head * T + query[r]] = largest[r] * scale + logf(total);
   }
-  store_rows(Head<X>{out + b * T * C + h * HS, C, T, HS}, first_query + row, o, inverse, q, row);
+  store_rows(views.of_out(out), first_query + row, o, inverse, q, row);
 }
 
 template <typename Arithmetic, typename X = typename Arithmetic::X>
 void forward(X* out, float* lse, const X* qkv, int64_t B, int64_t T, int64_t NH, int64_t HS, cudaStream_t stream) {
   dispatch_head_size(HS, [&](auto padded) {
     constexpr int kHS = decltype(padded)::value;
-    launch(attention_forward_kernel<Arithmetic, kHS>, dim3(unsigned(B * NH), blocks_for(T, kQueries)), kThreads,
-           kSharedBytes<Arithmetic, kHS>, stream, out, lse, qkv, int(T), int(NH), int(HS), 1 / std::sqrt(float(HS)));
+    launch(attention_forward_kernel<Arithmetic, kHS>, unsigned(B * NH) * blocks_for(T, kQueries), kThreads,
+           kSharedBytes<Arithmetic, kHS>, stream, out, lse, qkv, int(B * NH), int(T), int(NH), int(HS),
+           1 / std::sqrt(float(HS)));
   });
 }
 

@@ -53,12 +53,12 @@ struct CublasLt::Kind {
   DType input, output;
   bool transpose_a, transpose_b, accumulate, tf32;
   cublasLtEpilogue_t epilogue;
-  uint32_t alignment_a, alignment_b, alignment_d, alignment_pre;
+  uint32_t alignment_a, alignment_b, alignment_d, alignment_bias, alignment_pre;
   size_t workspace_bytes;
 
   auto all() const {
     return std::tie(N, M, K, input, output, transpose_a, transpose_b, accumulate, tf32, epilogue, alignment_a,
-                    alignment_b, alignment_d, alignment_pre, workspace_bytes);
+                    alignment_b, alignment_d, alignment_bias, alignment_pre, workspace_bytes);
   }
   bool operator<(const Kind& other) const { return all() < other.all(); }
 };
@@ -68,7 +68,7 @@ struct CublasLt::Plan {
   cublasLtMatmulDesc_t operation = nullptr;
   cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
   cublasLtMatmulHeuristicResult_t algorithm{};
-  bool available = false;
+  cublasStatus_t refusal = CUBLAS_STATUS_NOT_SUPPORTED;  // success: there is an algorithm
 
   Plan() = default;
   Plan(const Plan&) = delete;
@@ -88,13 +88,21 @@ CublasLt::~CublasLt() {
   cublasLtDestroy(handle_);
 }
 
-void CublasLt::make(Plan& plan, const Kind& kind) {
+void CublasLt::set_pointers(Plan& plan, const Product& product) {
+  if (product.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias.data);
+  if (product.pre) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, product.pre.data);
+}
+
+std::unique_ptr<CublasLt::Plan> CublasLt::make(const Kind& kind, const Product& product) {
+  auto result = std::make_unique<Plan>();
+  Plan& plan = *result;
   const auto compute = kind.tf32 && kind.input == DType::F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
   LLMC_CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute, CUDA_R_32F));
   set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, kind.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, kind.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, kind.epilogue);
-  if (kind.alignment_pre > 0) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, kind.M);
+  if (product.pre) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, kind.M);
+  set_pointers(plan, product);  // the search looks at their alignment
 
   const auto layout = [](cublasLtMatrixLayout_t* result, DType dtype, int64_t rows, int64_t cols) {
     LLMC_CUBLAS_CHECK(cublasLtMatrixLayoutCreate(result, cuda_type(dtype), uint64_t(rows), uint64_t(cols), rows));
@@ -116,9 +124,10 @@ void CublasLt::make(Plan& plan, const Kind& kind) {
   int found = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.a, plan.b, plan.d, plan.d,
                                                                guard.preference, 1, &plan.algorithm, &found);
-  LLMC_CHECK(status == CUBLAS_STATUS_SUCCESS || status == CUBLAS_STATUS_NOT_SUPPORTED,
-             "cuBLASLt: the search of an algorithm failed: %s", cublasLtGetStatusString(status));
-  plan.available = status == CUBLAS_STATUS_SUCCESS && found > 0;
+  plan.refusal = status != CUBLAS_STATUS_SUCCESS ? status
+                 : found > 0                     ? plan.algorithm.state
+                                                 : CUBLAS_STATUS_NOT_SUPPORTED;
+  return result;
 }
 
 bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
@@ -136,24 +145,24 @@ bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t wo
   kind.alignment_a = alignment_of(product.a);
   kind.alignment_b = alignment_of(product.b);
   kind.alignment_d = alignment_of(product.d);
+  kind.alignment_bias = product.bias ? alignment_of(product.bias) : 0;
   kind.alignment_pre = product.pre ? alignment_of(product.pre) : 0;
   kind.workspace_bytes = workspace_bytes;
 
   // What the epilogue's auxiliary matrix must be.
   if (product.pre && (kind.M % 8 != 0 || kind.alignment_pre < 16)) return false;
 
-  const auto [entry, is_new] = plans_.try_emplace(kind);
-  Plan& plan = entry->second;
-  if (is_new) make(plan, kind);
-  if (!plan.available) {
+  auto entry = plans_.find(kind);
+  if (entry == plans_.end()) entry = plans_.emplace(kind, make(kind, product)).first;
+  Plan& plan = *entry->second;
+  if (plan.refusal != CUBLAS_STATUS_SUCCESS) {
     LLMC_CHECK(product.gelu != Product::Gelu::None,
                "cuBLASLt has no algorithm for the product of (%" PRId64 ",%" PRId64 ") and (%" PRId64 ",%" PRId64
-               ") in %s",
-               kind.N, kind.K, kind.K, kind.M, name_of(kind.input));
+               ") in %s: %s",
+               kind.N, kind.K, kind.K, kind.M, name_of(kind.input), cublasLtGetStatusString(plan.refusal));
     return false;
   }
-  if (product.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias.data);
-  if (product.pre) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, product.pre.data);
+  set_pointers(plan, product);
   const float one = 1, beta = product.accumulate ? 1 : 0;
   LLMC_CUBLAS_CHECK(cublasLtMatmul(handle_, plan.operation, &one, product.b.data, plan.a, product.a.data, plan.b, &beta,
                                    product.d.data, plan.d, product.d.data, plan.d, &plan.algorithm.algo, workspace,

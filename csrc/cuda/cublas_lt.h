@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 
 #include "core/tensor.h"
 
@@ -41,10 +42,11 @@ class CublasLt {
   struct Kind;  // all that the choice of an algorithm depends on
   struct Plan;  // descriptors, layouts and the algorithm of one kind of product
 
-  void make(Plan& plan, const Kind& kind);
+  std::unique_ptr<Plan> make(const Kind& kind, const Product& product);
+  static void set_pointers(Plan& plan, const Product& product);
 
   cublasLtHandle_t handle_ = nullptr;
-  std::map<Kind, Plan> plans_;
+  std::map<Kind, std::unique_ptr<Plan>> plans_;
 };
 
 }  // namespace llmc::cuda

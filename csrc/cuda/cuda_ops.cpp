@@ -17,7 +17,7 @@ CudaOps::CudaOps(int device, bool tf32) : device_(device), tf32_(tf32) {
              "%s has compute capability %d.%d, llmc needs 8.0 (Ampere) or newer: use --device cpu",
              properties.name.c_str(), properties.compute_capability / 10, properties.compute_capability % 10);
   name_ = properties.name;
-  make_current();
+  const OnDevice on_device(*this);
   staging_ = std::make_unique<Staging>();
   cublas_ = std::make_unique<CublasLt>();
   // A blocking stream: work on the default stream, where torch puts its own unless told otherwise, is ordered with it.
@@ -27,14 +27,27 @@ CudaOps::CudaOps(int device, bool tf32) : device_(device), tf32_(tf32) {
 
 // Errors of the clean-up have nobody to go to.
 CudaOps::~CudaOps() {
+  int previous = device_;
+  cudaGetDevice(&previous);
   cudaSetDevice(device_);
   cudaStreamSynchronize(own_stream_);
   staging_.reset();
   cudaFree(own_workspace_);
   cudaStreamDestroy(own_stream_);
+  restore_current(previous);
 }
 
-void CudaOps::make_current() { LLMC_CUDA_CHECK(cudaSetDevice(device_)); }
+int CudaOps::make_current() {
+  int previous = device_;
+  LLMC_CUDA_CHECK(cudaGetDevice(&previous));
+  if (previous != device_) LLMC_CUDA_CHECK(cudaSetDevice(device_));
+  return previous;
+}
+
+// Called from destructors: an error has nobody to go to.
+void CudaOps::restore_current(int device) {
+  if (device != device_) cudaSetDevice(device);
+}
 
 void* CudaOps::allocate(size_t bytes) {
   void* data = nullptr;

@@ -1,6 +1,6 @@
 // CudaOps: every operation of ops/ops.h on one NVIDIA GPU (compute capability 8.0 or newer), one file per operation.
 //
-// All work goes to one stream; nothing but download() and allocate() waits for the device. Kernels use 128-bit accesses:
+// All work goes to one stream; nothing but download(), allocate() and free() waits for the device. Kernels use 128-bit accesses:
 // tensors start at multiples of 16 bytes and C is a multiple of 8; any N, B, T and V work.
 #pragma once
 
@@ -37,7 +37,8 @@ class CudaOps final : public Ops {
   void* allocate(size_t bytes) override;
   void free(void* data) override;
   size_t allocated_bytes() const override { return allocated_bytes_; }
-  void make_current() override;
+  int make_current() override;
+  void restore_current(int device) override;
   void use_workspace(Tensor workspace) override { workspace_ = workspace; }
   void fill_zero(Tensor x) override;
   void upload(Tensor x, const void* host) override;

@@ -12,11 +12,12 @@ namespace llmc::cuda {
 // Blocks that cover n items, per_block each.
 inline unsigned blocks_for(int64_t n, int64_t per_block) { return unsigned((n + per_block - 1) / per_block); }
 
-// Dynamic shared memory beyond 48 KiB is a kernel attribute, set here. The arguments must convert to the parameters.
+// Shared memory beyond 48 KiB, static and dynamic together, must be asked for by an attribute of the kernel: that is done
+// from 32 KiB of dynamic memory on. The arguments must convert to the parameters.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments&&... arguments) {
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 32 * 1024) {
     LLMC_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   }

@@ -26,7 +26,7 @@ namespace {
 constexpr float kEps = 1e-5f;
 constexpr int kThreads = 256;                 // of a block, unless something else is said
 constexpr size_t kWarpRowBytes = 4 << 10;     // longest row of a warp: eight 128-bit loads for each lane
-constexpr size_t kSharedRowBytes = 48 << 10;  // longest row that is kept: what a block may have without asking
+constexpr size_t kSharedRowBytes = 48 << 10;  // longest row that is kept, so that two blocks fit on a GPU
 
 // Σ over the threads that share a row: a warp, or the block.
 template <int kRowThreads>

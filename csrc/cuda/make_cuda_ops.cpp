@@ -26,7 +26,22 @@ std::string why_no_cuda_device() {
     return "no CUDA device was found: NVIDIA's driver is not installed";
   }
   if (status != cudaSuccess) return std::string("no CUDA device can be used: ") + cudaGetErrorString(status);
-  return count > 0 ? "" : "no CUDA device was found";
+  if (count == 0) return "no CUDA device was found";
+  cudaDeviceProp properties;
+  LLMC_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+  if (properties.major >= 8) return "";
+  return std::string(properties.name) + " has compute capability " + std::to_string(properties.major) + "." +
+         std::to_string(properties.minor) + ", llmc needs 8.0 (Ampere) or newer";
+}
+
+size_t cuda_free_memory(int device) {
+  int previous = 0;
+  size_t free_bytes = 0, total = 0;
+  LLMC_CUDA_CHECK(cudaGetDevice(&previous));
+  LLMC_CUDA_CHECK(cudaSetDevice(device));
+  LLMC_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+  LLMC_CUDA_CHECK(cudaSetDevice(previous));
+  return free_bytes;
 }
 
 CudaDevice cuda_device(int device) {

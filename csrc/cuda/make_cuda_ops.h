@@ -21,7 +21,7 @@ struct CudaDevice {
 // Whether this build holds the CUDA backend.
 bool has_cuda();
 
-// Why there is no usable device, in one sentence, or "" if there is one.
+// Why the first device cannot be used, in one sentence, or "" if it can.
 std::string why_no_cuda_device();
 
 // 0 if there is none.
@@ -29,6 +29,9 @@ int cuda_device_count();
 
 // Throws Error if there is no such device.
 CudaDevice cuda_device(int device);
+
+// Bytes of the device's memory that nobody has now; makes the device's context, which takes some itself.
+size_t cuda_free_memory(int device);
 
 // The operations on a device, on a stream of their own that orders itself with the default stream. tf32: products and
 // attention in fp32 may round their operands to TF32. Throws Error if there is no such device or it is too old.

@@ -15,6 +15,8 @@ int cuda_device_count() { return 0; }
 
 CudaDevice cuda_device(int) { throw_error(__FILE__, __LINE__, "%s", why_no_cuda_device().c_str()); }
 
+size_t cuda_free_memory(int) { throw_error(__FILE__, __LINE__, "%s", why_no_cuda_device().c_str()); }
+
 std::unique_ptr<Ops> make_cuda_ops(int, bool) { throw_error(__FILE__, __LINE__, "%s", why_no_cuda_device().c_str()); }
 
 void use_cuda_stream(Ops&, void*) {}

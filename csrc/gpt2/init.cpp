@@ -28,7 +28,7 @@ void GPT2::init_random(uint32_t seed) {
   constexpr float kStd = 0.02f;
   const float residual_std = kStd / std::sqrt(2.0f * float(config_.num_layers));
 
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   reset_optimizer();
   logits_allowed_ = false;
   ops_->fill_zero(buffer("parameters"));

@@ -18,6 +18,7 @@ GPT2::GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops
       layout_(config, comm_->size()) {
   LLMC_CHECK(options.zero_stage <= 1, "ZeRO stage %d is planned (plan()) but cannot run yet: use 0 or 1",
              options.zero_stage);
+  const OnDevice on_device(*ops_);
   allocate(Lifetime::Parameters);
   allocate(Lifetime::Activations);
   if (options.device.cuda) ops_->use_workspace(buffer("workspace"));
@@ -83,7 +84,7 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
              options_.batch_size, options_.seq_len);
   backward_allowed_ = logits_allowed_ = false;
   check_ids("tokens", tokens, b, t);
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   const Range range(*ops_, "forward");
   batch_ = b;
   seq_ = t;
@@ -166,7 +167,7 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
 
 void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses) {
   check_ids("targets", targets, b, t);
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   const Range range(*ops_, "evaluate");
   forward(tokens, b, t);
   backward_allowed_ = false;
@@ -186,7 +187,7 @@ void GPT2::check_logits(int64_t begin, int64_t end) const {
 
 void GPT2::logits(int64_t begin, int64_t end, float* out) {
   check_logits(begin, end);
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   // The chunk shares its memory with scratch only, so a backward may still follow.
   const Tensor lnf = rows("lnf"), chunk = buffer("logits");
   const int64_t V = config_.vocab_size, Vp = config_.padded_vocab_size, chunk_rows = chunk.shape[0];
@@ -227,7 +228,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
     LLMC_CHECK(N == loss_rows_, "a batch of %" PRId64 " tokens in a step of batches of %" PRId64, N, loss_rows_);
   }
   check_ids("targets", targets, b, t);
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   const Range range(*ops_, "backward");
   ops_->upload(rows("targets"), targets);
   allocate(Lifetime::Gradients);

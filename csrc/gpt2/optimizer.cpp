@@ -58,7 +58,7 @@ void UpdateOptions::validate() const {
 
 void GPT2::start_optimizer() {
   if (memory_[int(Lifetime::Optimizer)]) return;
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   allocate(Lifetime::Optimizer);  // zeroed, as m and v start
   for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
     const Shard own = shard(unit);
@@ -102,7 +102,7 @@ void GPT2::gather_unit(const ParameterUnit& unit) {
 
 void GPT2::update(const UpdateOptions& options) {
   options.validate();
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   const Range range(*ops_, "update");
   compute_grad_norm(options.grad_clip);
   logits_allowed_ = false;  // of the old parameters
@@ -122,7 +122,7 @@ void GPT2::update(const UpdateOptions& options) {
 
 void GPT2::restore_parameters() {
   LLMC_CHECK(options_.has_master(), "parameters are restored from master weights, and this model has none");
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   start_optimizer();
   logits_allowed_ = false;
   XorShift64 rng = last_update_rng_;
@@ -151,13 +151,13 @@ Tensor GPT2::optimizer_state(const std::string& name, const ParameterTensor& ten
 float GPT2::loss() {
   LLMC_CHECK(gradients_complete_, "the loss of a step needs the last micro-step's backward first");
   float sum;
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   ops_->download(&sum, buffer("loss_sum"));
   return sum / (float(loss_rows_) * float(accumulation_steps_));
 }
 
 float GPT2::grad_norm() {
-  ops_->make_current();
+  const OnDevice on_device(*ops_);
   if (!sum_of_squares_ready_) compute_grad_norm(1);
   float norm;
   ops_->download(&norm, buffer("grad_norm"));

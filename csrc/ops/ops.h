@@ -56,12 +56,13 @@ class Ops {
   virtual void free(void* data) = 0;
   // Bytes that allocate has given out and free has not taken back, without headers and the rounding to pages.
   virtual size_t allocated_bytes() const = 0;
-  // Makes the device current for the calling thread: before the first operation on a thread, and after somebody else may
-  // have made another one current.
-  virtual void make_current() {}
+  // Makes the device current for the calling thread, and returns the number of the one that was. Class OnDevice (below)
+  // pairs them. The CPU has nothing to do, here and in the next four (ops.cpp).
+  virtual int make_current();
+  virtual void restore_current(int device);
   // Scratch memory of the operations to come (ops/workspace.h says how much), for devices that need it: without it they
   // allocate their own.
-  virtual void use_workspace(Tensor) {}
+  virtual void use_workspace(Tensor workspace);
   virtual void fill_zero(Tensor x) = 0;
   // Copies x.bytes() bytes from or to the host. upload has read host when it returns; download waits for all earlier
   // operations.
@@ -69,8 +70,8 @@ class Ops {
   virtual void download(void* host, Tensor x) = 0;
 
   // Names what happens until the matching end_range, for profilers. Class Range (below) pairs them.
-  virtual void begin_range(const char* /*name*/) {}
-  virtual void end_range() {}
+  virtual void begin_range(const char* name);
+  virtual void end_range();
 
   // --- embedding ----------------------------------------------------------------------------------------------------
   // out[b,t,:] = wte[tokens[b,t],:] + wpe[t,:]
@@ -174,6 +175,19 @@ class Ops {
   // sum = Σ x
   //   sum f32 (1); x f32
   virtual void sum(Tensor sum, Tensor x) = 0;
+};
+
+// The device of the operations is the calling thread's current one, as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(Ops& ops) : ops_(ops), previous_(ops.make_current()) {}
+  ~OnDevice() { ops_.restore_current(previous_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  Ops& ops_;
+  int previous_;
 };
 
 // A named range of the profiler's time line, as long as it lives.

@@ -4,6 +4,8 @@
 #include <ATen/ops/from_blob.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "bindings/bindings.h"
 #include "cpu/make_cpu_ops.h"
 #include "cuda/make_cuda_ops.h"
@@ -32,6 +34,8 @@ CurrentOps::CurrentOps(Device device) {
 }
 
 CurrentOps::~CurrentOps() = default;
+
+std::string why_no_cuda_device() { return llmc::why_no_cuda_device(); }
 
 void allow_tf32(bool allowed) {
   const std::lock_guard<std::mutex> lock(mutex);
