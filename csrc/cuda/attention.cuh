@@ -34,9 +34,9 @@ void dispatch_head_size(int64_t HS, F&& f) {
   }
 }
 
-// Rows of a tile, kHS elements each, in shared memory. A row is padded by 16 bytes: an odd number of 16-byte units apart, the
-// same column of 8 successive rows falls into 8 different groups of banks, which is what ldmatrix and the fragment loads of
-// TF32 read at a time.
+// Rows of a tile, kHS elements each, in shared memory. A row is padded by 16 bytes: an odd number of 16-byte units apart,
+// the same column of 8 successive rows falls into 8 different groups of 4 banks. That is what ldmatrix and `products` in
+// TF32 read at a time; `accumulate` in TF32 reads 8 columns of every other row, 4 rows: 4 different groups of 8 banks.
 template <typename X, int kRows_, int kHS>
 struct Tile {
   static constexpr int kRows = kRows_;
@@ -62,8 +62,10 @@ template <int kThreads, typename X, int kRows, int kHS>
 __device__ void load_tile(Tile<X, kRows, kHS> tile, Head<const X> head, int first_row) {
   constexpr int W = Packed<X>::size;
   constexpr int kVectors = kHS / W;
-  for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
-    const int row = i / kVectors, column = i % kVectors * W;
+  static_assert(kRows * kVectors % kThreads == 0);
+#pragma unroll 4
+  for (int i = 0; i < kRows * kVectors; i += kThreads) {
+    const int index = i + threadIdx.x, row = index / kVectors, column = index % kVectors * W;
     const bool valid = first_row + row < head.T && column < head.HS;
     cp_async_16(tile.at(row, column), valid ? head.at(first_row + row, column) : head.data, valid);
   }

@@ -144,12 +144,21 @@ __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
   const float scale_log2 = scale * kLog2e;
   const float* head_lse = lse + place.head * T;
   const float* head_delta = delta + place.head * T;
+  // Of the queries of two tiles, lse in base 2. A head's row of lse need not be aligned to 16 bytes, so these do not come
+  // by cp.async: a thread loads one query's values when the tile's copy starts, and stores them when it has ended.
+  __shared__ float query_lse[2][B::kOther], query_delta[2][B::kOther];
+  static_assert(B::kOther <= B::kThreads);
+  float next_lse, next_delta;
   float dk[kHS / 8][4] = {}, dv[kHS / 8][4] = {};
 
   const auto load_queries = [&](int tile) {
     load_tile<B::kThreads>(block.other(0, tile % 2), q, tile * B::kOther);
     load_tile<B::kThreads>(block.other(1, tile % 2), d, tile * B::kOther);
     cp_async_commit();
+    const int query = tile * B::kOther + threadIdx.x;
+    const bool valid = threadIdx.x < B::kOther && query < T;
+    next_lse = valid ? head_lse[query] : INFINITY;  // rows beyond T: p = 0
+    next_delta = valid ? head_delta[query] : 0.0f;
   };
   const int first_tile = first_key / B::kOther;
   load_tile<B::kThreads>(block.own(0), k, first_key);
@@ -157,41 +166,35 @@ __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
   load_queries(first_tile);
   for (int tile = first_tile; tile < tiles; tile++) {
     cp_async_wait<0>();
+    if (threadIdx.x < B::kOther) {
+      query_lse[tile % 2][threadIdx.x] = next_lse * kLog2e;
+      query_delta[tile % 2][threadIdx.x] = next_delta;
+    }
     __syncthreads();  // the tile is there, and nobody reads the one before any more
     if (tile + 1 < tiles) load_queries(tile + 1);
     const int first_query = tile * B::kOther;
     if (first_query + B::kOther - 1 < first_key + row) continue;  // all before the warp's keys
 
-    // Of this thread's columns; each is loaded before the product behind which its latency hides.
-    float of_query[B::kOther / 8][2];
-    const auto load_of_query = [&](const float* values, float beyond) {
-#pragma unroll
-      for (int n = 0; n < B::kOther / 8; n++) {
-        for (int j = 0; j < 2; j++) {
-          const int query = first_query + n * 8 + lane % 4 * 2 + j;
-          of_query[n][j] = query < T ? values[query] : beyond;
-        }
-      }
-    };
-    load_of_query(head_lse, INFINITY);  // rows beyond T: p = 0
     float p[B::kOther / 8][4] = {};
     Arithmetic::products(p, block.own(0), row, block.other(0, tile % 2));
     const bool diagonal = first_query < first_key + row + kWarpRows - 1;
 #pragma unroll
     for (int n = 0; n < B::kOther / 8; n++) {
       for (int i = 0; i < 4; i++) {
-        p[n][i] = exp2_approx(fmaf(p[n][i], scale_log2, -of_query[n][i % 2] * kLog2e));
-        const int query = first_query + n * 8 + lane % 4 * 2 + i % 2;
-        if (diagonal && query < key[i / 2]) p[n][i] = 0;
+        const int column = n * 8 + lane % 4 * 2 + i % 2;
+        p[n][i] = exp2_approx(fmaf(p[n][i], scale_log2, -query_lse[tile % 2][column]));
+        if (diagonal && first_query + column < key[i / 2]) p[n][i] = 0;
       }
     }
-    load_of_query(head_delta, 0);
     Arithmetic::accumulate(dv, p, block.other(1, tile % 2));
     float ds[B::kOther / 8][4] = {};
     Arithmetic::products(ds, block.own(1), row, block.other(1, tile % 2));
 #pragma unroll
     for (int n = 0; n < B::kOther / 8; n++) {
-      for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - of_query[n][i % 2]);
+      for (int i = 0; i < 4; i++) {
+        const int column = n * 8 + lane % 4 * 2 + i % 2;
+        ds[n][i] = p[n][i] * (ds[n][i] - query_delta[tile % 2][column]);
+      }
     }
     Arithmetic::accumulate(dk, ds, block.other(0, tile % 2));
   }

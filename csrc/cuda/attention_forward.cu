@@ -18,6 +18,7 @@ using namespace attention;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kQueries = kWarps * kWarpRows;
+constexpr int kBlocks = 3;  // of an SM at a time, as far as registers go
 
 template <typename Arithmetic, int kHS>
 constexpr int kKeys = Shape<Arithmetic, kHS>::kOther;
@@ -29,7 +30,7 @@ constexpr size_t kSharedBytes =
 
 // The tiles of queries are taken from the last to the first. scale = 1/√HS.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     attention_forward_kernel(X* out, float* lse, const X* qkv, int heads, int T, int NH, int HS, float scale) {
   static_assert(kSharedBytes<Arithmetic, kHS> <= kSmallestSharedMemory);
   constexpr int kKeys = llmc::cuda::kKeys<Arithmetic, kHS>;
