@@ -28,7 +28,7 @@ struct alignas(16) Packed {
   T values[size];
 
   __device__ T& operator[](int i) { return values[i]; }
-  __device__ const T& operator[](int i) const { return values[i]; }
+  __device__ T operator[](int i) const { return values[i]; }
 
   __device__ static Packed zeros() { return from_bits(make_int4(0, 0, 0, 0)); }
 
