@@ -4,7 +4,8 @@
 
 A mutant drops a barrier or a wait, shifts a bound, or swaps a layout. It is compiled with the checker, and the tests
 of the operations that it is part of run on it; it is caught when one fails or the simulator reports something. Mutants
-whose machine code is the original's change nothing and do not count. Needs the build of scripts/build_cudasim.sh.
+whose machine code is the original's change nothing and do not count, nor do those that change only what no result
+depends on; EQUIVALENT says why. Needs the build of scripts/build_cudasim.sh.
 """
 
 import argparse
@@ -41,6 +42,34 @@ TESTS = {
     "matmul": ["tests/test_ops_matmul.py"],
     "reduce": ["tests/test_ops_reduce.py"],
 }
+SLOWER, SAME, UNUSED, NEVER = (
+    "the other way is as right, only slower",
+    "both sides of the bound give the same value",
+    "one round more, whose elements are all invalid: it adds zeros",
+    "the sides are never equal: tiles and rows of warps start at multiples of 16",
+)
+EQUIVALENT = {  # (file, part of the line): why a mutant of that line that survives changes no result
+    ("adamw.cu", "start < count"): "differs for a multiple of 48 slices; a unit of the model has at most 12",
+    ("attention.cuh", "if (HS <= "): "a head size that is a tile's uses the next larger tile: as right, only slower",
+    ("attention.cuh", "kLarge ="): SLOWER,
+    ("attention_backward.cu", "kWarps ="): SLOWER,
+    ("attention_backward.cu", "continue;"): NEVER,
+    ("attention_backward.cu", "diagonal ="): NEVER,
+    ("attention_backward.cu", "threadIdx.x < B::kOther &&"): "one thread more loads a value, which it does not store",
+    ("attention_forward.cu", "continue;"): NEVER,
+    (
+        "attention_forward.cu",
+        "kKeys - 1 > first_query",
+    ): NEVER,
+    ("classifier.cu", "largest > max"): SAME,
+    ("column_sums.cuh", "quad * 4 < C"): "four numbers of the workspace more are read, and not used",
+    ("elements.cuh", "begin + N <= n"): SLOWER,
+    ("embedding.cu", "first < count"): UNUSED,
+    ("gelu.cu", "10.0f"): SAME,
+    ("layernorm.cu", "row_bytes <="): SLOWER,
+    ("layernorm.cu", "threads <="): SLOWER,
+    ("layernorm.cu", "first < end"): UNUSED,
+}
 TIMEOUT = 300  # seconds; a mutant that hangs is caught
 
 BARRIER = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait<[^>]*>|cp_async_commit|__threadfence)\([^)]*\);")
@@ -61,6 +90,12 @@ class Mutant:
     kind: str  # barrier, bound or layout
     change: str
     text: str  # of the whole file
+
+    def reason(self) -> str:
+        """Why it changes no result, if that is known."""
+        line = (KERNELS / self.file).read_text().splitlines()[self.line - 1]
+        found = (why for (file, part), why in EQUIVALENT.items() if file == self.file and part in line)
+        return next(found, "")
 
 
 def code_lines(text: str) -> Iterator[tuple[int, int, str]]:
@@ -214,13 +249,16 @@ def main() -> None:
     rows = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for mutant, result in zip(mutants, pool.map(lambda m: verdict(build, m, originals), mutants), strict=True):
-            rows.append((mutant.file, mutant.line, mutant.kind, mutant.change, result))
+            reason = mutant.reason() if result == "survived" else ""
+            rows.append((mutant.file, mutant.line, mutant.kind, mutant.change, result, reason))
             print(*rows[-1], sep=", ", flush=True)
     with arguments.output.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("file", "line", "kind", "change", "result"), *rows])
+        csv.writer(file, lineterminator="\n").writerows([("file", "line", "kind", "change", "result", "reason"), *rows])
     caught = sum(row[4].startswith("caught") for row in rows)
-    survived = sum(row[4] == "survived" for row in rows)
-    print(f"{caught} caught, {survived} survived of {caught + survived} that change anything ({len(rows)} tried)")
+    equivalent = sum(row[5] != "" for row in rows)
+    survived = sum(row[4] == "survived" for row in rows) - equivalent
+    print(f"{caught} caught, {survived} survived of {caught + survived} that change a result")
+    print(f"{equivalent} change code but no result, {len(rows) - caught - survived - equivalent} no code")
 
 
 if __name__ == "__main__":
