@@ -57,10 +57,7 @@ EQUIVALENT = {  # (file, part of the line): why a mutant of that line that survi
     ("attention_backward.cu", "diagonal ="): NEVER,
     ("attention_backward.cu", "threadIdx.x < B::kOther &&"): "one thread more loads a value, which it does not store",
     ("attention_forward.cu", "continue;"): NEVER,
-    (
-        "attention_forward.cu",
-        "kKeys - 1 > first_query",
-    ): NEVER,
+    ("attention_forward.cu", "kKeys - 1 > first_query"): NEVER,
     ("classifier.cu", "largest > max"): SAME,
     ("column_sums.cuh", "quad * 4 < C"): "four numbers of the workspace more are read, and not used",
     ("elements.cuh", "begin + N <= n"): SLOWER,
