@@ -28,9 +28,10 @@ def test_sum_of_squares_of_a_list() -> None:
     assert ops.sum_of_squares(tensors) == pytest.approx(expected, rel=16 * F32)
 
 
-def test_sum_of_squares_of_a_long_list() -> None:
-    """More tensors than fit into the table of one CUDA launch, of changing lengths and dtypes."""
-    tensors = [normal((1 + 37 * i % 5000,), DTYPES[i % 2], seed=i) for i in range(211)]
+@pytest.mark.parametrize("count", [211, 128])
+def test_sum_of_squares_of_a_long_list(count: int) -> None:
+    """More tensors than fit into the table of one CUDA launch, which holds 64, of changing lengths and dtypes."""
+    tensors = [normal((1 + 37 * i % 5000,), DTYPES[i % 2], seed=i) for i in range(count)]
     expected = sum(t.double().square().sum().item() for t in tensors)
     assert ops.sum_of_squares(tensors) == pytest.approx(expected, rel=16 * F32)
 
