@@ -77,7 +77,9 @@ def gpu(name: str) -> str:
 
 
 def core() -> dict[str, object]:
-    """The switches the compiled core was built with."""
+    """The switches the compiled core was built with, and whether it can use a GPU."""
     from llmc import _C
 
-    return {f"core {key}": value for key, value in _C.build_info().items()}
+    devices = ", ".join(device["name"] for device in _C.cuda_devices())
+    facts = {**_C.build_info(), "cuda devices": _C.why_no_cuda_device() or devices}
+    return {f"core {key}": value for key, value in facts.items()}
