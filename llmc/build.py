@@ -35,13 +35,16 @@ def is_file(model: str) -> bool:
     return model.endswith(".bin")
 
 
-def model_shape(config: TrainConfig, vocab_size_of_data: int | None) -> ModelShape:
-    """The sizes of -e; `vocab_size_of_data` is the default of the free form. UsageError or RunError without one."""
+def model_shape(config: TrainConfig, vocab_size_of_data: int | None) -> tuple[ModelShape, FileDtype | None]:
+    """The sizes of -e, and the dtype of its parameters if it names a file.
+
+    `vocab_size_of_data` is the default of the free form. UsageError or RunError without one.
+    """
     if not is_file(config.model):
-        return models.resolve(config.model, vocab_size_of_data)
+        return models.resolve(config.model, vocab_size_of_data), None
     path = Path(config.model)
     if path.exists() or path.name not in WELL_KNOWN_FILES:
-        return read_model_header(path)[0]
+        return read_model_header(path)
     descriptor = WELL_KNOWN_FILES[path.name]
     out = "" if path.name == str(path) else f" --out {path}"
     if path.name == "chessGPT_d8_bf16.bin":
@@ -51,11 +54,6 @@ def model_shape(config: TrainConfig, vocab_size_of_data: int | None) -> ModelSha
         "from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 --num_iterations 0 "
         f"--input_bin '{config.train_data}' (needs the transformers package and the network)"
     )
-
-
-def stored_dtype(config: TrainConfig) -> FileDtype | None:
-    """Of the parameters in the file -e, None if it names none."""
-    return read_model_header(config.model)[1] if is_file(config.model) else None
 
 
 def precision_of(config: TrainConfig, on_cuda: bool, stored: FileDtype | None) -> FileDtype:

@@ -13,7 +13,6 @@ from llmc.build import (
     memory_plan,
     model_shape,
     precision_of,
-    stored_dtype,
     total_bytes,
 )
 from llmc.config import INT32_MAX, TrainConfig
@@ -31,10 +30,10 @@ def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
     """Print every buffer of one process, the totals, and what would fit into the memory of the device."""
     device = device_on_paper(config, None if memory_gib is None else round(memory_gib * 2**30))
     memory = device.memory
-    shape = model_shape(config, vocabulary(config))
+    shape, stored_as = model_shape(config, vocabulary(config))
     if shape.max_seq_len < config.seq_len:
         raise UsageError(f"-t {config.seq_len} is longer than the context of -e {config.model}: {shape.max_seq_len}")
-    precision = precision_of(config, device.is_cuda, stored_dtype(config))
+    precision = precision_of(config, device.is_cuda, stored_as)
     P = config.num_processes
     accumulation_steps = config.accumulation_steps(P)
     print(

@@ -13,7 +13,6 @@ from llmc.build import (
     memory_plan,
     model_shape,
     precision_of,
-    stored_dtype,
     total_bytes,
 )
 from llmc.checkpoint import Checkpoint, files, lost, newest
@@ -103,7 +102,7 @@ def prepare(config: TrainConfig) -> Run:
         shape, stored_as = read_model_header(checkpoint.model)
         check_same_model(config, checkpoint, shape, vocab_size)
     else:
-        shape, stored_as = model_shape(config, vocab_size), stored_dtype(config)
+        shape, stored_as = model_shape(config, vocab_size)
     precision = precision_of(config, device.is_cuda, stored_as)
     if shape.max_seq_len < T:
         raise UsageError(
@@ -238,7 +237,7 @@ def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelSh
     """-e is not needed to resume; but where it says something it must be true."""
     if is_file(config.model) and not Path(config.model).exists():
         return
-    wanted = model_shape(config, vocab_size)
+    wanted, _ = model_shape(config, vocab_size)
     if wanted != shape:
         fields = [name for name, size in asdict(shape).items() if size != asdict(wanted)[name]]
         raise RunError(

@@ -94,11 +94,16 @@ class RealGPU:
 @cache
 def simulator(variant: str = "checked") -> Simulator:
     """variant: checked, or fast without the checker. Skips the test where the simulator is not built."""
+    require_simulator()
+    return Simulator(variant)
+
+
+def require_simulator() -> None:
+    """Skip the test where the simulator is not built."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("the CUDA simulator needs Linux on x86-64")
-    if not (SIMULATOR / variant).exists():
+    if not SIMULATOR.exists():
         pytest.skip(f"there is no CUDA simulator in {SIMULATOR}: scripts/test.sh builds it")
-    return Simulator(variant)
 
 
 def gpu() -> RealGPU:

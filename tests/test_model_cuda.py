@@ -29,6 +29,12 @@ def build_on(cuda, case, **options):
     return build(case, core=cuda.core, **{"device": "cuda", "tf32": False, **options})
 
 
+def bits_after(model, case, steps):
+    for step in range(1, steps + 1):
+        train_step(model, *batch(case, seed=step), step)
+    return bits(model)
+
+
 def host(tensors):
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
@@ -113,9 +119,7 @@ def test_recompute_is_bit_equal(cuda, precision):
     results = []
     for recompute in (0, 1, 2):
         model = build_on(cuda, ODD, precision=precision, recompute=recompute)
-        for step in (1, 2):
-            train_step(model, *batch(ODD, seed=step), step)
-        results.append(bits(model))
+        results.append(bits_after(model, ODD, steps=2))
     cuda.check()
     for other in results[1:]:
         assert_same_bits(results[0], other)
@@ -181,9 +185,7 @@ def test_every_schedule_gives_the_same_bits(cuda, precision):
     for schedule, lazy in (("forward", False), ("reverse", False), ("random:1", False), ("random:2", True)):
         with cuda.settings(schedule=schedule, lazy=lazy):
             model = build_on(cuda, ODD, precision=precision)
-            for step in (1, 2):
-                train_step(model, *batch(ODD, seed=step), step)
-            results.append(bits(model))
+            results.append(bits_after(model, ODD, steps=2))
             cuda.check()
     for other in results[1:]:
         assert_same_bits(results[0], other)
@@ -193,7 +195,5 @@ def test_the_same_steps_again_give_the_same_bits(cuda):
     results = []
     for _ in range(2):
         model = build_on(cuda, CASES[0], precision="bf16", gelu_fusion=2)
-        for step in (1, 2, 3):
-            train_step(model, *batch(CASES[0], seed=step), step)
-        results.append(bits(model))
+        results.append(bits_after(model, CASES[0], steps=3))
     assert_same_bits(*results)

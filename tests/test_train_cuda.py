@@ -1,20 +1,14 @@
 """llmc-train --device cuda from the command line, in the CUDA simulator: training, checkpoint, resume, and refusals."""
 
 import os
-import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from run_in_simulator import SIMULATOR
+from devices import require_simulator
 from training_data import V, text, write_shard, write_tokenizer
-
-pytestmark = [
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the CUDA simulator needs x86-64"),
-    pytest.mark.skipif(not SIMULATOR.exists(), reason=f"there is no CUDA simulator in {SIMULATOR}"),
-]
 
 RUNNER = Path(__file__).parent / "run_in_simulator.py"
 BASE = (
@@ -25,6 +19,7 @@ BASE = (
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
+    require_simulator()
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     data.mkdir()

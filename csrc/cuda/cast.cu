@@ -29,28 +29,27 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(Out* out, const In
   });
 }
 
-}  // namespace
-
-void CudaOps::cast(Tensor out, Tensor x) {
+// Launches kernel_of(Out{}, In{}) over all elements of out and x.
+template <typename F>
+void launch_elements(Tensor out, Tensor x, cudaStream_t stream, F kernel_of) {
   dispatch(out.dtype, x.dtype, [&](auto a, auto b) {
     using Out = decltype(a);
     using In = decltype(b);
     constexpr int W = kWidth<Out, In>;
     const int64_t n = x.numel();
-    launch(cast_kernel<Out, In>, blocks_for(n, kThreads * W), kThreads, 0, stream_, out.as<Out>(), x.as<In>(), n,
+    launch(kernel_of(a, b), blocks_for(n, kThreads * W), kThreads, 0, stream, out.as<Out>(), x.as<In>(), n,
            are_aligned<W>(out.as<Out>(), x.as<In>()));
   });
 }
 
+}  // namespace
+
+void CudaOps::cast(Tensor out, Tensor x) {
+  launch_elements(out, x, stream_, [](auto a, auto b) { return cast_kernel<decltype(a), decltype(b)>; });
+}
+
 void CudaOps::accumulate(Tensor out, Tensor x) {
-  dispatch(out.dtype, x.dtype, [&](auto a, auto b) {
-    using Out = decltype(a);
-    using In = decltype(b);
-    constexpr int W = kWidth<Out, In>;
-    const int64_t n = x.numel();
-    launch(accumulate_kernel<Out, In>, blocks_for(n, kThreads * W), kThreads, 0, stream_, out.as<Out>(), x.as<In>(), n,
-           are_aligned<W>(out.as<Out>(), x.as<In>()));
-  });
+  launch_elements(out, x, stream_, [](auto a, auto b) { return accumulate_kernel<decltype(a), decltype(b)>; });
 }
 
 }  // namespace llmc::cuda

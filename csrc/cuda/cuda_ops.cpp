@@ -4,19 +4,14 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <utility>
 
 #include "cuda/check.h"
 #include "cuda/cublas_lt.h"
-#include "cuda/make_cuda_ops.h"
 
 namespace llmc::cuda {
 
-CudaOps::CudaOps(int device, bool tf32) : device_(device), tf32_(tf32) {
-  const CudaDevice properties = cuda_device(device);
-  LLMC_CHECK(properties.compute_capability >= 80,
-             "%s has compute capability %d.%d, llmc needs 8.0 (Ampere) or newer: use --device cpu",
-             properties.name.c_str(), properties.compute_capability / 10, properties.compute_capability % 10);
-  name_ = properties.name;
+CudaOps::CudaOps(int device, std::string name, bool tf32) : device_(device), name_(std::move(name)), tf32_(tf32) {
   const OnDevice on_device(*this);
   staging_ = std::make_unique<Staging>();
   cublas_ = std::make_unique<CublasLt>();

@@ -22,8 +22,8 @@ struct Product;
 
 class CudaOps final : public Ops {
  public:
-  // tf32: fp32 products and attention may round their operands to TF32.
-  CudaOps(int device, bool tf32);
+  // name: the device's, for messages. tf32: fp32 products and attention may round their operands to TF32.
+  CudaOps(int device, std::string name, bool tf32);
   ~CudaOps() override;
   CudaOps(const CudaOps&) = delete;
   CudaOps& operator=(const CudaOps&) = delete;

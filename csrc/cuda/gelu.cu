@@ -72,24 +72,24 @@ __global__ void __launch_bounds__(kThreads) gelu_backward_kernel(X* dx, const X*
   });
 }
 
-}  // namespace
-
-void CudaOps::gelu_forward(Tensor out, Tensor x) {
+// Launches kernel_of(X{}) over all elements of x.
+template <typename F>
+void launch_elements(Tensor out, Tensor x, cudaStream_t stream, F kernel_of) {
   dispatch(x.dtype, [&](auto zero) {
     using X = decltype(zero);
     const int64_t n = x.numel();
-    launch(gelu_forward_kernel<X>, blocks_for(n, kThreads * kWidth<X>), kThreads, 0, stream_, out.as<X>(), x.as<X>(),
-           n);
+    launch(kernel_of(zero), blocks_for(n, kThreads * kWidth<X>), kThreads, 0, stream, out.as<X>(), x.as<X>(), n);
   });
 }
 
+}  // namespace
+
+void CudaOps::gelu_forward(Tensor out, Tensor x) {
+  launch_elements(out, x, stream_, [](auto zero) { return gelu_forward_kernel<decltype(zero)>; });
+}
+
 void CudaOps::gelu_backward(Tensor dx, Tensor x) {
-  dispatch(x.dtype, [&](auto zero) {
-    using X = decltype(zero);
-    const int64_t n = x.numel();
-    launch(gelu_backward_kernel<X>, blocks_for(n, kThreads * kWidth<X>), kThreads, 0, stream_, dx.as<X>(), x.as<X>(),
-           n);
-  });
+  launch_elements(dx, x, stream_, [](auto zero) { return gelu_backward_kernel<decltype(zero)>; });
 }
 
 }  // namespace llmc::cuda

@@ -7,31 +7,48 @@
 
 namespace llmc {
 
-bool has_cuda() { return true; }
+namespace {
 
-int cuda_device_count() {
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
+struct Count {
+  int devices = 0;
+  std::string why_none;  // in one sentence; empty if there are devices
+};
+
+Count count_devices() {
+  Count count;
+  const cudaError_t status = cudaGetDeviceCount(&count.devices);
+  if (status == cudaSuccess) {
+    if (count.devices == 0) count.why_none = "no CUDA device was found";
+    return count;
+  }
   cudaGetLastError();  // the failure stays with this call
-  return status == cudaSuccess ? count : 0;
-}
-
-std::string why_no_cuda_device() {
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  cudaGetLastError();
+  count.devices = 0;
   // Without a driver the runtime says that the driver is too old.
   int driver = 0;
   if (status == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) {
-    return "no CUDA device was found: NVIDIA's driver is not installed";
+    count.why_none = "no CUDA device was found: NVIDIA's driver is not installed";
+  } else {
+    count.why_none = std::string("no CUDA device can be used: ") + cudaGetErrorString(status);
   }
-  if (status != cudaSuccess) return std::string("no CUDA device can be used: ") + cudaGetErrorString(status);
-  if (count == 0) return "no CUDA device was found";
-  cudaDeviceProp properties;
-  LLMC_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
-  if (properties.major >= 8) return "";
-  return std::string(properties.name) + " has compute capability " + std::to_string(properties.major) + "." +
-         std::to_string(properties.minor) + ", llmc needs 8.0 (Ampere) or newer";
+  return count;
+}
+
+// Why the device cannot be used, in one sentence, or "" if it can.
+std::string why_too_old(const CudaDevice& device) {
+  if (device.compute_capability >= 80) return "";
+  return device.name + " has compute capability " + std::to_string(device.compute_capability / 10) + "." +
+         std::to_string(device.compute_capability % 10) + ", llmc needs 8.0 (Ampere) or newer";
+}
+
+}  // namespace
+
+bool has_cuda() { return true; }
+
+int cuda_device_count() { return count_devices().devices; }
+
+std::string why_no_cuda_device() {
+  const Count count = count_devices();
+  return count.devices > 0 ? why_too_old(cuda_device(0)) : count.why_none;
 }
 
 size_t cuda_free_memory(int device) {
@@ -45,10 +62,10 @@ size_t cuda_free_memory(int device) {
 }
 
 CudaDevice cuda_device(int device) {
-  const std::string why = why_no_cuda_device();
-  LLMC_CHECK(why.empty(), "%s", why.c_str());
-  LLMC_CHECK(device >= 0 && device < cuda_device_count(), "there is no CUDA device %d: the last is %d", device,
-             cuda_device_count() - 1);
+  const Count count = count_devices();
+  LLMC_CHECK(count.devices > 0, "%s", count.why_none.c_str());
+  LLMC_CHECK(device >= 0 && device < count.devices, "there is no CUDA device %d: the last is %d", device,
+             count.devices - 1);
   cudaDeviceProp properties;
   LLMC_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
   char pci_bus_id[32];
@@ -62,7 +79,12 @@ CudaDevice cuda_device(int device) {
           properties.sharedMemPerBlockOptin};
 }
 
-std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32) { return std::make_unique<cuda::CudaOps>(device, tf32); }
+std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32) {
+  const CudaDevice properties = cuda_device(device);
+  const std::string why = why_too_old(properties);
+  LLMC_CHECK(why.empty(), "%s", why.c_str());
+  return std::make_unique<cuda::CudaOps>(device, properties.name, tf32);
+}
 
 void use_cuda_stream(Ops& ops, void* stream) {
   static_cast<cuda::CudaOps&>(ops).use_stream(static_cast<cudaStream_t>(stream));
