@@ -5,6 +5,7 @@ Every reader goes through `read_header`, so that a missing, short, foreign or ne
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +36,9 @@ KINDS = {
 }
 
 
+TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.tmp")  # what atomic_write writes to: .NAME.PID.tmp
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise."""
@@ -51,6 +55,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def name_of_temporary(path: Path) -> str | None:
+    """The name of the file that atomic_write was to make with the temporary file `path`; None if it is no such file."""
+    match = TEMPORARY.fullmatch(path.name)
+    return match[1] if match else None
 
 
 def header_bytes(slots: dict[int, int]) -> bytes:

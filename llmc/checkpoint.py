@@ -12,7 +12,6 @@ from llmc.errors import RunError
 
 RANK = 0
 FILE = re.compile(r"(?:DONE_([0-9]{8,10})|(?:model_([0-9]{8,10})|state_([0-9]{8,10})_[0-9]{5,})\.bin)")
-LEFTOVER = re.compile(r"\.(?:model|state)_[0-9_]+\.bin\.[0-9]+\.tmp")  # of a write that was killed
 
 
 @dataclass(frozen=True)
@@ -138,13 +137,6 @@ def move_aside(directory: Path, others: list[str]) -> Path | None:
     except OSError as error:
         raise RunError(f"cannot move the checkpoints in {directory} aside: {error}; choose another -o") from error
     return aside
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Delete what writes that were killed have left; no other run may be writing."""
-    for path in directory.iterdir():
-        if LEFTOVER.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from llmc.checkpoint import move_aside, remove_leftovers
+from llmc.binfile import name_of_temporary
+from llmc.checkpoint import FILE, move_aside
 from llmc.config import TrainConfig
 from llmc.config_file import HEADER, write_config_file
 from llmc.errors import RunError
@@ -55,3 +56,11 @@ def open_output_dir(config: TrainConfig) -> Path | None:
         print(f"moved the checkpoints and the log in {directory} to {aside} (-y 1 would have gone on from them)")
     write_config_file(directory / CONFIG, config)
     return directory
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what writes that were killed have left; no other run may be writing."""
+    for path in directory.iterdir():
+        name = name_of_temporary(path)
+        if name == CONFIG or (name and FILE.fullmatch(name)):
+            path.unlink(missing_ok=True)

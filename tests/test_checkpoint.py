@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from llmc import binfile, snapshot
-from llmc.checkpoint import Checkpoint, find, mark_done, move_aside, newest, prune, remove_leftovers
+from llmc.checkpoint import Checkpoint, find, mark_done, move_aside, newest, prune
 from llmc.data.loader import LoaderState
 from llmc.errors import RunError
 from llmc.model_file import ModelShape, read_model_header, read_model_step
 from llmc.outliers import OutlierDetector
+from llmc.output_dir import remove_leftovers
 from llmc.state_file import read_state
 
 
@@ -176,15 +177,6 @@ def test_a_failure_between_moves_loses_nothing(tmp_path, monkeypatch, moved):
     if moved < 6:
         assert move_aside(tmp_path, ["main.log"]) == tmp_path / "previous_2"
         assert sorted([*names(tmp_path / "previous_1"), *names(tmp_path / "previous_2")]) == everything
-
-
-def test_leftovers(tmp_path):
-    make(tmp_path, 10)
-    keep = {*names(tmp_path), ".hidden", ".model.tmp", "model_00000010.bin.7.tmp"}
-    for name in (*keep, ".model_00000020.bin.123.tmp", ".state_00000020_00000.bin.123.tmp"):
-        (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
-    assert set(names(tmp_path)) == keep
 
 
 SHAPE = ModelShape(max_seq_len=4, vocab_size=5, padded_vocab_size=128, num_layers=1, num_heads=1, channels=8)

@@ -4,7 +4,7 @@ import pytest
 
 from llmc.config import TrainConfig
 from llmc.errors import RunError
-from llmc.output_dir import check_output_dir, open_output_dir
+from llmc.output_dir import check_output_dir, open_output_dir, remove_leftovers
 
 
 def test_created_with_its_parents_and_the_settings(tmp_path, capsys):
@@ -65,3 +65,12 @@ def test_a_file_in_its_place(tmp_path, below):
         check_output_dir(str(directory))
     with pytest.raises(RunError, match=f"cannot create the output directory {directory}: .*; choose another with -o"):
         open_output_dir(TrainConfig(output_dir=str(directory)))
+
+
+def test_leftovers_of_killed_writes(tmp_path):
+    keep = {".hidden", ".model.tmp", "model_00000010.bin.7.tmp", "config.toml", ".main.log.7.tmp", ".model_1.bin.7.tmp"}
+    leftovers = {".model_00000020.bin.12.tmp", ".state_00000020_00000.bin.123.tmp", ".config.toml.7605.tmp"}
+    for name in keep | leftovers:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == keep
