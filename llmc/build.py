@@ -90,7 +90,7 @@ def core_options(
     *,
     batch_size: int | None = None,
     recompute: int | None = None,
-    zero_stage: int = 0,
+    zero_stage: int | None = None,
 ) -> "_C.Options":
     """The flags as the core takes them; the keywords replace single ones."""
     from llmc import _C
@@ -103,7 +103,7 @@ def core_options(
         recompute=config.recompute if recompute is None else recompute,
         gelu_fusion=2 * device.fuses_gelu if config.gelu_fusion == -1 else config.gelu_fusion,
         master_weights=config.master_weights,
-        zero_stage=zero_stage,
+        zero_stage=config.zero_stage if zero_stage is None else zero_stage,
         device=device.core_name,
         tf32=config.tf32,
     )

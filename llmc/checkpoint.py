@@ -1,16 +1,18 @@
-"""Checkpoints in the output directory: model_STEP.bin, state_STEP_RANK.bin and, last, the empty DONE_STEP.
+"""Checkpoints in the output directory: model_STEP.bin, state_STEP_RANK.bin of each rank and, last, the empty DONE_STEP.
 
 A checkpoint exists if all of its files do. Whatever moment a run is killed at, those that existed still exist.
 """
 
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import RunError
+from llmc.state_file import read_world_size
 
-RANK = 0
 FILE = re.compile(r"(?:DONE_([0-9]{8,10})|(?:model_([0-9]{8,10})|state_([0-9]{8,10})_[0-9]{5,})\.bin)")
 
 
@@ -25,32 +27,61 @@ class Checkpoint:
     def model(self) -> Path:
         return self.directory / f"model_{self.step:08d}.bin"
 
-    @property
-    def state(self) -> Path:
-        return self.directory / f"state_{self.step:08d}_{RANK:05d}.bin"
+    def state(self, rank: int) -> Path:
+        return self.directory / f"state_{self.step:08d}_{rank:05d}.bin"
 
     @property
     def done(self) -> Path:
         return self.directory / f"DONE_{self.step:08d}"
 
     @property
+    def world_size(self) -> int:
+        """Of the run that has written it, by the state file of rank 0; 1 if that is damaged: reading it will tell."""
+        try:
+            return max(1, read_world_size(self.state(0)))
+        except RunError:
+            return 1
+
+    def missing(self) -> Iterator[Path]:
+        """Those of its files that are not there."""
+        ranks = range(self.world_size)  # maybe a damaged one: nothing may take memory or time in proportion
+        paths = itertools.chain([self.done, self.model], map(self.state, ranks))
+        return (path for path in paths if not path.exists())
+
+    @property
     def complete(self) -> bool:
-        return self.done.exists() and self.model.exists() and self.state.exists()
+        return next(self.missing(), None) is None
 
     @property
     def half_deleted(self) -> bool:
         """What delete() leaves when it is killed. A model alone is not: people keep models without their states."""
-        return self.state.exists() and not self.done.exists()
+        return not self.done.exists() and len(self.states()) > 0
+
+    def states(self) -> list[Path]:
+        """The state files that are there, of however many ranks."""
+        names = f"state_{self.step:08d}_*.bin"
+        return sorted(path for path in self.directory.glob(names) if FILE.fullmatch(path.name))
 
     def delete(self) -> None:
         """First the marker: a half-deleted checkpoint must not look like one. Missing files are ignored."""
-        for path in (self.done, self.model, self.state):
+        for path in (self.done, self.model, *self.states()):
             path.unlink(missing_ok=True)
+
+    def make_way(self, world_size: int) -> None:
+        """Delete what an earlier, incomplete write of this step by more ranks would leave behind in the new one."""
+        kept = set(map(self.state, range(world_size)))
+        try:
+            self.done.unlink(missing_ok=True)  # the files of the earlier one must not pass for these
+            for path in self.states():
+                if path not in kept:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot delete what is left of the checkpoint of step {self.step}: {error}") from error
 
 
 def newest(directory: Path) -> Checkpoint | None:
     """The complete checkpoint with the highest step."""
-    return max(filter(lambda found: found.complete, find(directory)), key=lambda found: found.step, default=None)
+    return next((found for found in reversed(find(directory)) if found.complete), None)
 
 
 def lost(directory: Path, after: int) -> list[Checkpoint]:

@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="take values from a .toml or .yaml file; keys are the long names, flags win"
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="print all buffers of a process and what would fit; allocate nothing"
+        "--dry-run",
+        action="store_true",
+        help="print steps, tokens, all buffers of a process and what would fit; allocate nothing",
     )
     command.add_argument("--memory", type=read_memory, metavar="GIB", help="a dry run for a device of that memory")
     command.add_argument("--help", action="help", help="show this text and exit")

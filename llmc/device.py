@@ -1,29 +1,37 @@
 """Where a run happens: the CPU, or a CUDA device."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llmc.config import TrainConfig
 from llmc.errors import RunError, UsageError
 from llmc.machine import cpu_name, memory_bytes
 from llmc.model_file import FileDtype
 from llmc.peak import peak_flops
+from llmc.ranks import Ranks
+
+if TYPE_CHECKING:
+    from llmc import _C
+
+COLLECTIVE_TIMEOUT = 1800  # seconds; the slowest rank may be writing a large checkpoint, and dead ones are seen at once
 
 
 @dataclass(frozen=True)
 class Device:
     """A device as the trainer sees it."""
 
-    core_name: str  # "cpu" or "cuda:0": what the core calls it
+    core_name: str  # "cpu", "cuda:0", ...: what the core calls it
     name: str  # of the processor
     memory: int  # bytes that the run may use
     fuses_gelu: bool  # whether a GELU inside the matrix products costs nothing
-    pci_bus_id: str = ""  # of a GPU
+    index: int = 0  # of a GPU
+    pci_bus_id: str = ""
 
     def free_memory(self) -> int:
         """Bytes that nobody has now: of a GPU; a CPU's memory is never quite free and still there for the run."""
         from llmc import _C
 
-        return _C.cuda_free_memory() if self.is_cuda else self.memory
+        return _C.cuda_free_memory(self.index) if self.is_cuda else self.memory
 
     @property
     def is_cuda(self) -> bool:
@@ -39,24 +47,43 @@ class Device:
         return peak_flops(self.name, precision) if precision == "bf16" or tf32 else None
 
 
-def choose_device(config: TrainConfig) -> Device:
-    """What --device says; auto is a GPU where there is one. RunError if it is not there."""
+def choose_device(config: TrainConfig, ranks: Ranks) -> Device:
+    """What --device says; auto is a GPU where there is one, one for each rank. RunError if it is not there."""
     from llmc import _C
 
     if config.device == "cpu":
-        return cpu()
+        return cpu(ranks)
     if why_not := _C.why_no_cuda_device():
         if config.device == "auto":
-            return cpu()
+            return cpu(ranks)
         raise RunError(f"--device cuda: {why_not}; use --device cpu")
-    gpu = _C.cuda_devices()[0]
+    gpus = _C.cuda_devices()
+    # A process that sees one GPU only was given its own, as Slurm does with --gpus-per-task.
+    index = ranks.local_rank if len(gpus) > 1 else 0
+    if index >= len(gpus):
+        raise RunError(
+            f"{ranks.local_size} processes on this machine, which has {len(gpus)} GPUs: one process per GPU, please"
+        )
+    gpu = gpus[index]
     fuses_gelu = gpu["compute_capability"] >= (9, 0)
-    return Device("cuda:0", gpu["name"], gpu["memory"], fuses_gelu, gpu["pci_bus_id"])
+    return Device(f"cuda:{index}", gpu["name"], gpu["memory"], fuses_gelu, index, gpu["pci_bus_id"])
 
 
-def cpu() -> Device:
-    # Fusion costs nothing here: the same bits, fewer passes over memory.
-    return Device("cpu", cpu_name(), memory_bytes(), fuses_gelu=True)
+def cpu(ranks: Ranks) -> Device:
+    # Fusion costs nothing here: the same bits, fewer passes over memory. The machine's ranks share its memory.
+    return Device("cpu", cpu_name(), memory_bytes() // ranks.local_size, fuses_gelu=True)
+
+
+def communicator(ranks: Ranks, device: Device) -> "_C.Communicator | None":
+    """What the ranks' devices talk through: NCCL between GPUs, Gloo between CPUs; None for a single process."""
+    from llmc import _C
+
+    if ranks.size == 1:
+        return None
+    if not device.is_cuda:
+        return _C.gloo_communicator(ranks.group_name)
+    identity = ranks.broadcast(_C.nccl_unique_id().hex() if ranks.rank == 0 else "", "NCCL's identity")
+    return _C.nccl_communicator(bytes.fromhex(identity), ranks.rank, ranks.size, device.index, COLLECTIVE_TIMEOUT)
 
 
 def device_on_paper(config: TrainConfig, memory: int | None) -> Device:
@@ -65,7 +92,7 @@ def device_on_paper(config: TrainConfig, memory: int | None) -> Device:
         device = Device("cuda:0", "GPU", memory, fuses_gelu=True)
     else:
         try:
-            device = choose_device(config)
+            device = choose_device(config, Ranks())
         except RunError as error:
             raise UsageError(f"{error}, or give a GPU's memory with --memory") from error
     return device if memory is None else replace(device, memory=memory)

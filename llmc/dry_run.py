@@ -1,4 +1,4 @@
-"""llmc-train --dry-run: the memory of a run on paper, for any device, before anything is allocated."""
+"""llmc-train --dry-run: steps and memory of a run on paper, for any device, before anything is allocated."""
 
 import re
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from llmc.build import (
     total_bytes,
 )
 from llmc.config import INT32_MAX, TrainConfig
-from llmc.data.shards import find_shards
+from llmc.data.shards import find_shards, read_shard
 from llmc.device import Device, device_on_paper
-from llmc.errors import UsageError
+from llmc.errors import RunError, UsageError
 from llmc.model_file import FileDtype, ModelShape
 from llmc.tokenizer import Tokenizer, dataset_tokenizer
 
@@ -27,7 +27,7 @@ MAX_BATCH = 2**16  # a search needs an end
 
 
 def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
-    """Print every buffer of one process, the totals, and what would fit into the memory of the device."""
+    """Print the steps, every buffer of one process, the totals, and what would fit into the memory of the device."""
     device = device_on_paper(config, None if memory_gib is None else round(memory_gib * 2**30))
     memory = device.memory
     shape, stored_as = model_shape(config, vocabulary(config))
@@ -36,13 +36,18 @@ def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
     precision = precision_of(config, device.is_cuda, stored_as)
     P = config.num_processes
     accumulation_steps = config.accumulation_steps(P)
+    steps = steps_line(config, accumulation_steps * P * config.batch_size * config.seq_len)
     print(
         f"{config.model}: {shape.num_parameters} parameters, {precision}, B={config.batch_size} T={config.seq_len} "
         f"-r {config.recompute} -z {config.zero_stage}, {P} process(es), {accumulation_steps} micro-step(s)\n"
-        "\nmemory of each process:"
+        f"{steps}\n\nmemory of each process:"
     )
     buffers = plan(config, device, shape, precision, config.batch_size, config.recompute, config.zero_stage)
     print(*buffer_lines(buffers), *total_lines(buffers, config.batch_size, memory), sep="\n")
+    if config.zero_stage > 0:
+        uncut = plan(config, device, shape, precision, config.batch_size, config.recompute, stage=0)
+        saved = total_bytes(uncut) - total_bytes(buffers)
+        print(f"-z {config.zero_stage}: {saved / MIB:.1f} MiB less per process than -z 0")
     stages = range(4) if P > 1 else [0]
     print(f"\nwhat fits into {memory / 2**30:.1f} GiB at -t {config.seq_len}:")
     print("  -z  -r  MiB at this -b  largest -b")
@@ -51,6 +56,21 @@ def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
             need = total_bytes(plan(config, device, shape, precision, config.batch_size, recompute, stage))
             largest = largest_batch(config, device, shape, precision, recompute, stage)
             print(f"  {stage:2}  {recompute:2}  {need / MIB:14.1f}  {largest or 'none':>10}")
+
+
+def steps_line(config: TrainConfig, tokens_per_step: int) -> str:
+    """How many steps and tokens the run has. Only an epoch needs the data for that, and only its headers."""
+    steps, epoch = config.max_steps, ""
+    if steps == -1:
+        pattern = config.val_data if config.overfit_one_batch else config.train_data
+        try:
+            paths = find_shards(pattern)
+        except RunError:
+            return f"steps: one epoch, however long that is: {pattern} is not there; -x says it"
+        num_tokens = sum(read_shard(path).size for path in paths)
+        steps, epoch = num_tokens // tokens_per_step, f" (an epoch of {num_tokens})"
+    total = f"{steps * tokens_per_step:.2e}".replace("e+0", "e").replace("e+", "e")
+    return f"steps: {steps} of {tokens_per_step} tokens = {total} tokens in all{epoch}"
 
 
 def vocabulary(config: TrainConfig) -> int | None:

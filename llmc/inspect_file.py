@@ -142,13 +142,17 @@ def inspect_state(path: Path, options: Options) -> Iterator[str]:
 
     state = state_file.read_state(path, state_parameters(path, options))
     arrays, loader = state_file.map_arrays(path, state), state.loader
-    yield from title(path, binfile.MAGIC_STATE, state_file.VERSION)
-    names = ("step", "world_size", "rank", "zero_stage", "has_master", "num_parameters")
+    yield from title(path, binfile.MAGIC_STATE, state.version)
+    names = ("step", "world_size", "rank", "zero_stage", "has_master", "num_parameters", "array_size")
     yield from fields({name: getattr(state, name) for name in (*names, "rng_state", "last_update_rng_state")})
-    yield from fields({name: getattr(loader, name) for name in ("shuffle", "shard_index", "next_sample")})
+    position = ("B", "T", "epoch", "shuffle", "shard_index", "next_sample")
+    yield from fields({name: getattr(loader, name) for name in position})
     if loader.shuffle:
         yield from fields({"shard_order": len(loader.shard_order), "sample_order": len(loader.sample_order)})
         yield f"generator position: {loader.position}"
+    for epoch, consumed in loader.consumed.items():
+        tokens = sum(int(np.diff(intervals).sum()) for intervals in consumed.values())
+        yield f"consumed before in epoch {epoch}: {tokens} tokens, in {len(consumed)} shards"
     yield from fields({"loss_window": len(state.loss_window), "norm_window": len(state.norm_window)})
     yield from statistics_table(arrays)
     yield COMPLETE
@@ -388,15 +392,9 @@ def debug_inputs(path: Path, B: int, T: int) -> np.ndarray:
 
 
 def state_parameters(path: Path, options: Options) -> int | None:
-    """The values in each array of a state by its model, None without one: llm.c's files do not say it themselves."""
-    from llmc.state_file import VERSION, word
+    """The parameters of a state's model, None without a model file: llm.c's states do not say it themselves."""
+    from llmc.state_file import VERSIONS, word
 
-    header = binfile.read_header(path, binfile.MAGIC_STATE, (VERSION,))
-    world_size, zero_stage, stated = int(header[2]), int(header[6]), word(header, 12)
+    stated = word(binfile.read_header(path, binfile.MAGIC_STATE, VERSIONS), 12)
     model = options.model or (None if stated else beside(path, r"state_(\d+)_\d+\.bin", r"model_\1.bin"))
-    if model is None:
-        return None
-    N = read_model_header(model)[0].num_parameters
-    # llm.c does not say either whether each rank has a part: then even m and v of the whole would not fit.
-    in_parts = zero_stage > 0 if stated else os.path.getsize(path) < binfile.HEADER_BYTES + 2 * 4 * N
-    return N // world_size if in_parts and world_size > 1 else N
+    return read_model_header(model)[0].num_parameters if model else None

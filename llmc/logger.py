@@ -97,13 +97,14 @@ class Logger:
 class Throughput:
     """Speed of the steps since the start of this process, which a resumed run may begin in the middle.
 
-    tokens: per step, on this process; flops_per_token and peak_flops (per second) give the MFU, None: peak not known.
+    tokens: per step, over all ranks; flops_per_token and peak_flops (of one device, per second) give the MFU, None:
+    peak not known.
     """
 
-    def __init__(self, tokens: int, flops_per_token: float, peak_flops: float | None) -> None:
+    def __init__(self, tokens: int, flops_per_token: float, peak_flops: float | None, num_devices: int = 1) -> None:
         self.tokens = tokens
         self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
+        self.peak_flops = peak_flops if peak_flops is None else num_devices * peak_flops
         self.steps = 0
         self.seconds = 0.0  # of all steps but the first, which warms caches up
         self.first_seconds = 0.0

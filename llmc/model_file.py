@@ -6,7 +6,7 @@ and names them "wte", "wpe", "h0.ln1w", ..., "h0.fcprojb", "h1.ln1w", ..., "lnfw
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -122,28 +122,40 @@ def check_shape(path: PathLike, shape: ModelShape) -> None:
         raise RunError(f"{path} is damaged: its header promises {shape.num_parameters} parameters")
 
 
-def load_model(path: PathLike, parameters: Mapping[str, "torch.Tensor"]) -> None:
+def load_model(
+    path: PathLike,
+    parameters: Mapping[str, "torch.Tensor"],
+    parts: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
     """Copy the model file `path` into `parameters` (names and shapes of `ModelShape.parameters`, any dtype and device).
 
+    parts: where `parameters` has only values begin to end of each tensor, flattened, in that order.
     fp32 values are rounded to nearest when the parameters are bf16. Raises RunError for a bad file or another model's.
     """
     import torch
 
+    def fits(name: str, size: tuple[int, ...]) -> bool:
+        if parts is None:
+            return tuple(parameters[name].shape) == size
+        begin, end = parts[name]
+        return parameters[name].numel() == end - begin
+
     shape, dtype = read_model_header(path)
     expected = shape.parameters()
-    wrong = [name for name, size in expected if name not in parameters or tuple(parameters[name].shape) != size]
+    wrong = [name for name, size in expected if name not in parameters or not fits(name, size)]
     if wrong or len(expected) != len(parameters):
         where = f", which differs in {wrong[0]}" if wrong else ""
         raise RunError(f"{path} holds another model than the one to load it into{where}: it has {asdict(shape)}")
     offset = HEADER_BYTES
     with torch.no_grad():
         for name, size in expected:
-            # Copy-on-write: torch refuses to share read-only memory without a warning. Nothing is ever written.
-            if dtype == "fp32":
-                values = torch.from_numpy(np.memmap(path, "<f4", "c", offset, size))
-            else:
-                values = torch.from_numpy(np.memmap(path, "<i2", "c", offset, size)).view(torch.bfloat16)
-            parameters[name].copy_(values)
+            begin = 0 if parts is None else parts[name][0]
+            target = parameters[name]
+            if target.numel() > 0:
+                # Copy-on-write: torch refuses to share read-only memory without a warning. Nothing is ever written.
+                first, format = offset + begin * ITEM_BYTES[dtype], "<f4" if dtype == "fp32" else "<i2"
+                values = torch.from_numpy(np.memmap(path, format, "c", first, tuple(target.shape)))
+                target.copy_(values if dtype == "fp32" else values.view(torch.bfloat16))
             offset += math.prod(size) * ITEM_BYTES[dtype]
 
 
@@ -165,6 +177,17 @@ def save_model(
     `parameters` has the names and shapes of `ModelShape.parameters`; fp32 is rounded to nearest in a bf16 file.
     step: of the checkpoint that the file belongs to.
     """
+    save_units(path, shape, dtype, [parameters], step)
+
+
+def save_units(
+    path: PathLike,
+    shape: ModelShape,
+    dtype: FileDtype,
+    units: Iterable[Mapping[str, "torch.Tensor"]],
+    step: int | None = None,
+) -> None:
+    """The same with parameters that come a few at a time, in any order, each once."""
     import torch
 
     slots = {
@@ -178,16 +201,24 @@ def save_model(
         7: shape.padded_vocab_size,
         STEP_SLOT: 0 if step is None else step + 1,
     }
+    places, offset = {}, HEADER_BYTES
+    for name, size in shape.parameters():
+        places[name] = (offset, size)
+        offset += math.prod(size) * ITEM_BYTES[dtype]
     with atomic_write(path) as file:
         write_header(file, slots)
-        for name, size in shape.parameters():
-            parameter = parameters[name].detach()
-            if tuple(parameter.shape) != size:
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}, a model file of {shape} needs {size}")
-            if dtype == "fp32":
-                write_array(file, parameter, torch.float32)
-            else:
-                write_array(file, parameter.to(torch.bfloat16).view(torch.int16), torch.int16)
+        for unit in units:
+            for name, parameter in unit.items():
+                offset, size = places.pop(name)
+                if tuple(parameter.shape) != size:
+                    raise ValueError(f"{name} has shape {tuple(parameter.shape)}, a model file of {shape} needs {size}")
+                file.seek(offset)
+                if dtype == "fp32":
+                    write_array(file, parameter, torch.float32)
+                else:
+                    write_array(file, parameter.detach().to(torch.bfloat16).view(torch.int16), torch.int16)
+        if places:
+            raise ValueError(f"{', '.join(places)} of a model file of {shape} did not come")
 
 
 def write_array(file: BinaryIO, tensor: "torch.Tensor", dtype: "torch.dtype") -> None:

@@ -8,6 +8,7 @@ from llmc.checkpoint import FILE, move_aside
 from llmc.config import TrainConfig
 from llmc.config_file import HEADER, write_config_file
 from llmc.errors import RunError
+from llmc.ranks import Ranks
 
 LOG = "main.log"
 CONFIG = "config.toml"
@@ -37,11 +38,23 @@ def is_ours(config_file: Path) -> bool:
         return False
 
 
-def open_output_dir(config: TrainConfig) -> Path | None:
-    """Make the directory ready for this run. A new run moves the checkpoints of another one aside."""
+def open_output_dir(config: TrainConfig, ranks: Ranks) -> Path | None:
+    """Make the directory ready for this run. A new run moves the checkpoints of another one aside.
+
+    RunError if not all ranks see the same directory, in which a checkpoint is complete only with the files of all.
+    """
     if not config.output_dir:
         return None
     directory = Path(config.output_dir)
+    ranks.barrier("the preparation")  # the others have looked for checkpoints
+    if ranks.rank == 0:
+        make_ready(directory, config)
+    ranks.barrier("the output directory")
+    check_shared(directory, ranks)
+    return directory
+
+
+def make_ready(directory: Path, config: TrainConfig) -> None:
     if not directory.is_dir():
         try:
             directory.mkdir(parents=True)
@@ -55,7 +68,21 @@ def open_output_dir(config: TrainConfig) -> Path | None:
     if not config.resume and (aside := move_aside(directory, [LOG, CONFIG])):
         print(f"moved the checkpoints and the log in {directory} to {aside} (-y 1 would have gone on from them)")
     write_config_file(directory / CONFIG, config)
-    return directory
+
+
+def check_shared(directory: Path, ranks: Ranks) -> None:
+    """The file that rank 0 has just written is the same one, not a twin, wherever the same directory is seen."""
+    try:
+        with open(directory / CONFIG, "rb") as file:
+            identity = os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        identity = 0
+    try:
+        ranks.agree("the time of its settings", identity)
+    except RunError as error:
+        raise RunError(
+            f"-o {directory}: not all processes see the same directory: give one that all machines share"
+        ) from error
 
 
 def remove_leftovers(directory: Path) -> None:

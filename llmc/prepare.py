@@ -19,12 +19,13 @@ from llmc.checkpoint import Checkpoint, files, lost, newest
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
-from llmc.device import Device, choose_device
+from llmc.device import Device, choose_device, communicator
 from llmc.errors import RunError, UsageError
-from llmc.launch import check_single_process
 from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header
 from llmc.outliers import OutlierDetector
 from llmc.output_dir import check_output_dir
+from llmc.ranks import Ranks
+from llmc.resharding import parameter_parts
 from llmc.schedule import Schedule
 from llmc.state_file import TrainState
 from llmc.telemetry import Telemetry
@@ -39,6 +40,7 @@ class Run:
     """All that is settled before the first step."""
 
     config: TrainConfig
+    ranks: Ranks
     shape: ModelShape
     model: "_C.GPT2"
     buffers: list[Buffer]  # of the memory plan
@@ -65,8 +67,8 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of one optimizer step, on this process."""
-        return self.config.batch_size * self.config.seq_len * self.accumulation_steps
+        """Of one optimizer step, over all ranks."""
+        return self.config.batch_size * self.config.seq_len * self.accumulation_steps * self.ranks.size
 
     @property
     def flops_per_token(self) -> int:
@@ -81,14 +83,14 @@ class Run:
         return models.END_OF_TEXT_IDS.get(self.shape.vocab_size, 0)
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     """Check everything that can be checked before the first step, and build what the steps need."""
     from llmc import _C
 
     check_supported(config)
-    B, T = config.batch_size, config.seq_len
-    accumulation_steps = config.accumulation_steps(world_size=1)
-    device = choose_device(config)
+    B, T, P = config.batch_size, config.seq_len, ranks.size
+    accumulation_steps = config.accumulation_steps(P)
+    device = choose_device(config, ranks)
     telemetry = telemetry_of(config, device)
 
     train_pattern = config.val_data if config.overfit_one_batch else config.train_data
@@ -113,42 +115,49 @@ def prepare(config: TrainConfig) -> Run:
     check_same_tokens(*tokenizers)
 
     shuffle = not config.overfit_one_batch
-    train_loader = DataLoader(train_pattern, B, T, shuffle=shuffle, seed=config.seed, vocab_size=shape.vocab_size)
-    val_loader = DataLoader(config.val_data, B, T, vocab_size=shape.vocab_size)
+    train_loader = DataLoader(
+        train_pattern, B, T, ranks.rank, P, shuffle=shuffle, seed=config.seed, vocab_size=shape.vocab_size
+    )
+    val_loader = DataLoader(config.val_data, B, T, ranks.rank, P, vocab_size=shape.vocab_size)
     num_steps = config.max_steps
     if num_steps == -1:
-        num_steps = train_loader.num_tokens // (B * T * accumulation_steps)
+        num_steps = train_loader.num_tokens // (B * T * P * accumulation_steps)
         if num_steps == 0:
             raise UsageError(
                 f"-d {config.total_batch_size} is more than the {train_loader.num_tokens} tokens of {train_pattern}, "
                 "so an epoch has no step: lower -d or give the number of steps with -x"
             )
-    val_batches = val_loader.num_tokens // (B * T) if config.val_max_batches == -1 else config.val_max_batches
+    val_batches = val_loader.num_tokens // (B * T * P) if config.val_max_batches == -1 else config.val_max_batches
     schedule = Schedule(
         config.scheduler, config.learning_rate, config.warmup_steps, num_steps, config.final_lr_fraction
     )
-    state = snapshot.read(checkpoint, shape, config, precision) if checkpoint else None
+    states = snapshot.read(checkpoint, shape, config, precision) if checkpoint else []
+    state = states[0] if states else None
     if checkpoint and state:
         if state.step > num_steps:
             raise UsageError(
                 f"-x: the newest checkpoint in -o {config.output_dir} is at step {state.step}, the run would end at "
                 f"step {num_steps}: raise -x, or begin a new run with another -o"
             )
-        train_loader.load_state(state.loader, str(checkpoint.state))
+        train_loader.load_states([s.loader for s in states], [str(checkpoint.state(s.rank)) for s in states])
     check_output_dir(config.output_dir)
 
     sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision, device)
-    buffers = memory_plan(sizes, options)
-    check_memory(buffers, device)
-    model = _C.GPT2(sizes, options)
-    if checkpoint and state:
-        snapshot.restore(checkpoint, state, shape, precision, model)
+    buffers = memory_plan(sizes, options, P)
+    check_memory(buffers, device, ranks)
+    # The ranks may see different files.
+    ranks.agree("tokens in the training data", train_loader.num_tokens)
+    ranks.agree("step to go on from", state.step if state else 0)
+    model = _C.GPT2(sizes, options, communicator(ranks, device))
+    if checkpoint:
+        snapshot.restore(checkpoint, states, shape, model)
     elif is_file(config.model):
-        load_model(config.model, model.parameters())
+        load_model(config.model, model.parameters(), parameter_parts(model))
     else:
         model.init_random(config.seed)
     return Run(
         config=config,
+        ranks=ranks,
         shape=shape,
         model=model,
         buffers=buffers,
@@ -194,7 +203,6 @@ def check_same_tokens(train: Tokenizer | None, val: Tokenizer | None) -> None:
 
 def check_supported(config: TrainConfig) -> None:
     """Refuse what other versions can do, rather than ignore it."""
-    check_single_process(config)
     if config.hellaswag:
         raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
 
@@ -213,7 +221,7 @@ def resume_point(directory: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
     checkpoint = newest(directory)
     gone = lost(directory, checkpoint.step if checkpoint else -1)
     if gone and not checkpoint:
-        missing = gone[0].state if gone[0].model.exists() else gone[0].model
+        missing = next(gone[0].missing())
         raise RunError(f"{gone[0].done} is there, but {missing} is not: put the file back, or begin anew with -y 0")
     return checkpoint, gone
 
@@ -246,12 +254,13 @@ def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelSh
         )
 
 
-def check_memory(buffers: list[Buffer], device: Device) -> None:
+def check_memory(buffers: list[Buffer], device: Device, ranks: Ranks) -> None:
     needed, available = total_bytes(buffers), device.free_memory()
     if needed > available:
         where = f"{device.name} has {available // 2**20} MiB free"
         if not device.is_cuda:
-            where = f"this machine has {available // 2**20} MiB"
+            each = " for each process" if ranks.size > 1 else ""
+            where = f"this machine has {available // 2**20} MiB{each}"
         raise RunError(
             f"the run needs {needed // 2**20} MiB of memory, {where}: "
             "lower -b or -t, raise -r, or use a smaller model (--dry-run shows what would fit)"

@@ -52,8 +52,11 @@ def parameter_table(run: Run) -> str:
         ("num_parameters", shape.num_parameters),
     ]
     batches: list[Row] = [("train_num_batches", run.num_steps), ("val_num_batches", run.val_batches)]
+    stage = run.model.options.zero_stage
     alone = f": -z {config.zero_stage} has nothing to cut over one process" if config.zero_stage else ""
-    processes: list[Row] = [f"Zero Optimization is disabled{alone}", ("num_processes", 1), ("zero_stage", 0)]
+    processes: list[Row] = [("num_processes", run.ranks.size), ("zero_stage", stage)]
+    if stage == 0:
+        processes.insert(0, f"Zero Optimization is disabled{alone}")
     return table([settings, device, model, batches, [("run hellaswag", "no")], processes])
 
 
@@ -79,7 +82,7 @@ def batch_report(run: Run) -> str:
     lines += [
         f"num_parameters: {shape.num_parameters} => bytes: {shape.num_parameters * ITEM_BYTES[run.precision]}",
         f"allocated {bytes_by_lifetime(run.buffers)['parameters'] // MIB} MiB for model parameters",
-        f"batch_size B={B} * seq_len T={T} * num_processes=1 and total_batch_size={run.tokens_per_step}",
+        f"batch_size B={B} * seq_len T={T} * num_processes={run.ranks.size} and total_batch_size={run.tokens_per_step}",
         f"=> setting grad_accum_steps={run.accumulation_steps}",
     ]
     return "\n".join(lines)

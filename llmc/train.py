@@ -12,24 +12,29 @@ from llmc.errors import RunError
 from llmc.logger import Logger, StepReport, Throughput
 from llmc.output_dir import open_output_dir
 from llmc.prepare import Run, prepare
+from llmc.ranks import Ranks
 from llmc.report import batch_report, memory_report, parameter_table
 from llmc.sample import print_sample
 
 
-def train(config: TrainConfig) -> None:
-    """Train as `config` says. Raises UsageError or RunError; those of the preparation leave the disk as it was."""
-    run = prepare(config)
+def train(config: TrainConfig, ranks: Ranks) -> None:
+    """Train as `config` says. Raises UsageError or RunError; those of the preparation leave the disk as it was.
+
+    All ranks run this; what is printed here is shown for rank 0 only.
+    """
+    run = prepare(config, ranks)
     print(parameter_table(run), batch_report(run), sep="\n", flush=True)
-    output_dir = open_output_dir(config)
-    logger = Logger(output_dir, append=config.resume)
+    output_dir = open_output_dir(config, ranks)
+    logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume)
     print(memory_report(run), flush=True)
-    throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops)
+    throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops, ranks.size)
 
     for step in range(run.start_step, run.num_steps + 1):
         last = step == run.num_steps
         if last or due(step, config.val_every, also_at_0=True):
             logger.validation(step, validate(run, step))
-        if config.sample_every > 0 and (last or due(step, config.sample_every)):
+        takes_part = ranks.rank == 0 or run.model.options.zero_stage == 3  # where no rank has all the weights
+        if takes_part and config.sample_every > 0 and (last or due(step, config.sample_every)):
             print_sample(run.model, config.seq_len, config.sample_length, run.start_token, run.tokenizer)
         if output_dir and config.checkpoint_every > 0 and (last or due(step, config.checkpoint_every)):
             write_checkpoint(run, output_dir, step)
@@ -114,21 +119,31 @@ def write_checkpoint(run: Run, directory: Path, step: int) -> None:
         return  # it came from there
     checkpoint = Checkpoint(directory, step)
     snapshot.save(
-        checkpoint, run.shape, run.precision, run.model, run.train_loader, run.loss_outliers, run.norm_outliers
+        checkpoint,
+        run.shape,
+        run.precision,
+        run.model,
+        run.train_loader,
+        run.loss_outliers,
+        run.norm_outliers,
+        run.ranks,
     )
+    if run.ranks.rank > 0:
+        return
     for deleted in prune(directory, step, config.keep_checkpoints, config.major_every):
         print(f"Deleting checkpoint at step {deleted}")
 
 
 def validate(run: Run, step: int) -> float:
-    """Mean loss over the validation batches, always the same ones."""
+    """Mean loss over the validation batches of all ranks, always the same ones."""
     run.val_loader.reset()
     total = 0.0
     for _ in range(run.val_batches):
         inputs, targets = run.val_loader.next_batch()
         total += float(run.model.evaluate(inputs, targets).mean())
-    check_finite(run.config, "validation loss", total, step)
-    return total / run.val_batches
+    loss = run.ranks.mean(total / run.val_batches, "validation loss")
+    check_finite(run.config, "validation loss", loss, step)
+    return loss
 
 
 def check_finite(config: TrainConfig, name: str, value: float, step: int) -> None:

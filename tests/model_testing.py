@@ -16,17 +16,22 @@ def sizes(case):
     return shape, B, T
 
 
-def build(case, core=_C, **options):
-    """An llmc model of the case's sizes with random parameters (biases and layernorms too)."""
+def build(case, core=_C, comm=None, **options):
+    """An llmc model of the case's sizes with random parameters (biases and layernorms too), of a rank of `comm`."""
     shape, B, T = sizes(case)
     config = core.GPT2Config(**shape, padded_vocab_size=-(-shape["vocab_size"] // 128) * 128)
-    model = core.GPT2(config, core.Options(**{"batch_size": B, "seq_len": T, **options}))
+    model = core.GPT2(config, core.Options(**{"batch_size": B, "seq_len": T, **options}), comm)
     model.init_random(seed=42)
     generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.parameters().items():
-        if parameter.dim() == 1:  # init_random leaves vectors at 0 and 1, where many errors hide
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            parameter.copy_(noise + (1 if name.endswith("w") else 0))
+    parameters = model.parameters()
+    for unit_offset, unit_size, tensors in core.parameter_units(config, model.world_size):
+        shard = unit_size // model.world_size if model.options.zero_stage == 3 else unit_size
+        begin = unit_offset + model.rank * shard if model.options.zero_stage == 3 else unit_offset
+        for name, offset, numel in tensors:
+            if name.endswith("b") or "ln" in name:  # init_random leaves vectors at 0 and 1, where many errors hide
+                values = torch.randn(numel, generator=generator) * 0.1 + (1 if name.endswith("w") else 0)
+                mine = values[max(begin - offset, 0) : max(begin + shard - offset, 0)]
+                parameters[name].copy_(mine)
     return model
 
 

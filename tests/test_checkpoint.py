@@ -14,20 +14,23 @@ import pytest
 import torch
 
 from llmc import binfile, snapshot
-from llmc.checkpoint import Checkpoint, find, mark_done, move_aside, newest, prune
+from llmc.binfile import MAGIC_STATE, header_bytes
+from llmc.checkpoint import Checkpoint, find, lost, mark_done, move_aside, newest, prune
 from llmc.data.loader import LoaderState
 from llmc.errors import RunError
 from llmc.model_file import ModelShape, read_model_header, read_model_step
 from llmc.outliers import OutlierDetector
 from llmc.output_dir import remove_leftovers
+from llmc.ranks import Ranks
 from llmc.state_file import read_state
 
 
-def make(directory, *steps, without=()):
+def make(directory, *steps, without=(), ranks=1):
     for step in steps:
-        for name in (f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"):
+        states = [f"state_{step:08d}_{rank:05d}.bin" for rank in range(ranks)]
+        for name in (f"model_{step:08d}.bin", f"DONE_{step:08d}", *states):
             if not name.startswith(tuple(without)):
-                (directory / name).write_text(str(step))
+                (directory / name).write_bytes(header_bytes({0: MAGIC_STATE, 1: 1, 2: ranks, 10: step}))
 
 
 def names(directory):
@@ -40,8 +43,8 @@ def steps(directory):
 
 def test_names(tmp_path):
     checkpoint = Checkpoint(tmp_path, 1234)
-    files = [checkpoint.model.name, checkpoint.state.name, checkpoint.done.name]
-    assert files == ["model_00001234.bin", "state_00001234_00000.bin", "DONE_00001234"]
+    files = [checkpoint.model.name, checkpoint.state(0).name, checkpoint.state(123456).name, checkpoint.done.name]
+    assert files == ["model_00001234.bin", "state_00001234_00000.bin", "state_00001234_123456.bin", "DONE_00001234"]
     mark_done(checkpoint)
     assert checkpoint.done.read_bytes() == b""
     with pytest.raises(RunError, match=r"cannot write .*DONE_00000001: No such file or directory"):
@@ -62,6 +65,61 @@ def test_newest_is_the_highest_complete_one(tmp_path):
     assert newest(tmp_path).step == 2_000_000_000
     with pytest.raises(RunError, match=r"-o .*main\.log cannot be read: Not a directory"):
         newest(tmp_path / "main.log")
+
+
+def test_complete_with_the_states_of_all_ranks(tmp_path):
+    make(tmp_path, 10)
+    make(tmp_path, 20, ranks=3)
+    found = Checkpoint(tmp_path, 20)
+    assert newest(tmp_path) == found and list(found.missing()) == []
+    for rank in range(3):
+        raw = found.state(rank).read_bytes()
+        found.state(rank).unlink()
+        assert newest(tmp_path).step == 10
+        assert next(found.missing()) == found.state(rank)
+        assert lost(tmp_path, 10) == [found]
+        found.state(rank).write_bytes(raw)
+        assert newest(tmp_path) == found
+    found.state(3).write_bytes(b"of an earlier write by more ranks")
+    assert newest(tmp_path) == found
+
+
+@pytest.mark.parametrize("header", [b"", b"damaged", header_bytes({0: MAGIC_STATE, 1: 1, 2: -5})])
+def test_a_damaged_state_file_is_there(tmp_path, header):
+    """Reading it tells what is wrong; passing it over would hide that."""
+    make(tmp_path, 10, 20)
+    Checkpoint(tmp_path, 20).state(0).write_bytes(header)
+    assert newest(tmp_path).step == 20
+
+
+def test_an_absurd_number_of_ranks(tmp_path):
+    make(tmp_path, 10, 20)
+    Checkpoint(tmp_path, 20).state(0).write_bytes(header_bytes({0: MAGIC_STATE, 1: 1, 2: 2**31 - 1}))
+    assert newest(tmp_path).step == 10
+    assert next(Checkpoint(tmp_path, 20).missing()).name == "state_00000020_00001.bin"
+
+
+def test_make_way(tmp_path):
+    """For a new write of the same step by fewer ranks."""
+    make(tmp_path, 10, 20, ranks=4)
+    make(tmp_path, 100_000_000_0, ranks=2)
+    before = set(names(tmp_path))
+    Checkpoint(tmp_path, 20).make_way(2)
+    gone = {"DONE_00000020", "state_00000020_00002.bin", "state_00000020_00003.bin"}
+    assert before - set(names(tmp_path)) == gone
+    Checkpoint(tmp_path, 30).make_way(2)
+    assert before - set(names(tmp_path)) == gone
+
+
+def test_make_way_is_refused(tmp_path, monkeypatch):
+    make(tmp_path, 20)
+
+    def failing(self, missing_ok):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.unlink", failing)
+    with pytest.raises(RunError, match=r"cannot delete what is left of the checkpoint of step 20: .*Permission denied"):
+        Checkpoint(tmp_path, 20).make_way(1)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +148,20 @@ def test_prune(tmp_path, keep, major, current, left):
 
 def test_the_marker_is_deleted_first(tmp_path, monkeypatch):
     """llm.c, which looks at nothing else, must not resume from a half-deleted checkpoint either."""
-    make(tmp_path, 10, 20)
+    make(tmp_path, 10, ranks=3)
+    make(tmp_path, 20)
     deleted = []
     monkeypatch.setattr("pathlib.Path.unlink", lambda self, missing_ok: deleted.append(self.name))
     prune(tmp_path, 20, 1, 0)
-    assert deleted == ["DONE_00000010", "model_00000010.bin", "state_00000010_00000.bin"]
+    states = [f"state_00000010_{rank:05d}.bin" for rank in range(3)]
+    assert deleted == ["DONE_00000010", "model_00000010.bin", *states]
 
 
-@pytest.mark.parametrize("deletions", range(6))
+@pytest.mark.parametrize("deletions", range(9))
 def test_a_failure_between_deletions(tmp_path, monkeypatch, deletions):
-    make(tmp_path, 10, 20, 30)
+    """Of a checkpoint of four ranks, the state files of the highest one are the last to go."""
+    make(tmp_path, 10, ranks=4)
+    make(tmp_path, 20, 30)
     unlink, calls = Path.unlink, itertools.count()
 
     def failing(self, missing_ok):
@@ -144,11 +206,11 @@ def test_move_aside(tmp_path):
         make(tmp_path, 30, without=["DONE"])
         (tmp_path / "main.log").write_text("log")
         (tmp_path / "notes").write_text("mine")
-        before = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
         aside = move_aside(tmp_path, ["main.log", "config.toml"])
         assert aside == tmp_path / f"previous_{number}"
         after = {
-            path.name: path.read_text() for folder in (tmp_path, aside) for path in folder.iterdir() if path.is_file()
+            path.name: path.read_bytes() for folder in (tmp_path, aside) for path in folder.iterdir() if path.is_file()
         }
         assert after == before
         assert [name for name in names(tmp_path) if not name.startswith("previous")] == ["notes"]
@@ -183,9 +245,9 @@ SHAPE = ModelShape(max_seq_len=4, vocab_size=5, padded_vocab_size=128, num_layer
 
 
 class Model:
-    """Of a bf16 run; its values tell the step."""
+    """Of a bf16 run at stage 0; its values tell the step."""
 
-    options = SimpleNamespace(master_weights=True)
+    options = SimpleNamespace(master_weights=True, zero_stage=0)
 
     def __init__(self, step):
         self.step, self.rng_state, self.last_update_rng_state = step, step + 1, step + 2
@@ -193,11 +255,13 @@ class Model:
     def start_optimizer(self):
         pass
 
-    def parameters(self):
-        return {name: torch.full(size, float(self.step)) for name, size in SHAPE.parameters()}
+    def gather_parameters(self, unit):
+        names = [("wte", "wpe"), ("h0.",), ("lnf",)][unit]
+        return {n: torch.full(size, float(self.step)) for n, size in SHAPE.parameters() if n.startswith(names)}
 
     def optimizer_state(self, name):
-        return {p: values + ["m", "v", "master"].index(name) for p, values in self.parameters().items()}
+        value = self.step + ["m", "v", "master"].index(name)
+        return {p: torch.full(size, float(value)) for p, size in SHAPE.parameters()}
 
 
 class Loader:
@@ -205,15 +269,27 @@ class Loader:
         return LoaderState(True, 0, 1, np.arange(2), np.arange(3), np.arange(624, dtype=np.uint32), 5)
 
 
-def save(directory, step):
-    """As a run with -nk 1 does."""
+def save(directory, step, size=1):
+    """As a run with -nk 1 does; of several ranks one after the other, rank 0 between the others' barriers."""
+    outliers = OutlierDetector([step / 3]), OutlierDetector([step / 7])
+
+    class InTurn(Ranks):
+        def barrier(self, what):
+            if self.rank == 0 and what == f"the checkpoint of step {step}":
+                for rank in range(1, size):
+                    snapshot.save(*arguments, OneOf(rank, size))
+
+    class OneOf(Ranks):
+        def barrier(self, what):
+            pass
+
+    arguments = Checkpoint(directory, step), SHAPE, "bf16", Model(step), Loader(), *outliers
     with contextlib.redirect_stdout(None):
-        outliers = OutlierDetector([step / 3]), OutlierDetector([step / 7])
-        snapshot.save(Checkpoint(directory, step), SHAPE, "bf16", Model(step), Loader(), *outliers)
+        snapshot.save(*arguments, InTurn(0, size))
     prune(directory, step, 1, 0)
 
 
-def save_and_die(directory, step, fatal):
+def save_and_die(directory, step, size, fatal):
     """SIGKILL in place of the call number `fatal` of those that change files; ends the process in any case."""
     calls = itertools.count(1)
 
@@ -232,24 +308,32 @@ def save_and_die(directory, step, fatal):
     for owner, name in ((os, "open"), (os, "fsync"), (os, "replace"), (Path, "touch"), (Path, "unlink")):
         setattr(owner, name, counted(getattr(owner, name)))
     try:
-        save(directory, step)
+        save(directory, step, size)
         os._exit(0)
     finally:
         os._exit(1)
 
 
 def contents(checkpoint):
-    return [path.read_bytes() for path in (checkpoint.model, checkpoint.state, checkpoint.done)]
+    states = [checkpoint.state(rank) for rank in range(checkpoint.world_size)]
+    return [path.read_bytes() for path in (checkpoint.model, checkpoint.done, *states)]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where earlier tests left threads
-def test_kill_at_any_step_of_a_save(tmp_path):
-    """kill -9 in place of every single write, flush, rename and deletion: the old checkpoint or the new is whole."""
+@pytest.mark.parametrize(("before", "size"), [(1, 1), (3, 3), (3, 2)])
+def test_kill_at_any_step_of_a_save(tmp_path, before, size):
+    """kill -9 in place of every single write, flush, rename and deletion: the old checkpoint or the new is whole.
+
+    With several ranks, also of what is left of an attempt by more ranks to write the same step.
+    """
     expected = {}
-    for step in (10, 20):
+    for step, ranks in ((10, before), (20, size)):
         (tmp_path / str(step)).mkdir()
-        save(tmp_path / str(step), step)
+        save(tmp_path / str(step), step, ranks)
         expected[step] = contents(Checkpoint(tmp_path / str(step), step))
+    if size > 1:
+        for rank in range(5):
+            Checkpoint(tmp_path / "10", 20).state(rank).write_bytes(header_bytes({0: MAGIC_STATE, 1: 1, 2: 5}))
 
     seen = []
     for fatal in itertools.count(1):
@@ -258,14 +342,16 @@ def test_kill_at_any_step_of_a_save(tmp_path):
         # A plain fork: it takes milliseconds, and tensors this small start no threads.
         child = os.fork()
         if child == 0:
-            save_and_die(directory, 20, fatal)
+            save_and_die(directory, 20, size, fatal)
         _, status = os.waitpid(child, 0)
         found = newest(directory)
         assert contents(found) == expected[found.step]
         assert read_model_header(found.model) == (SHAPE, "bf16")
         assert read_model_step(found.model) == found.step
-        state = read_state(found.state, SHAPE.num_parameters)
-        assert (state.step, state.rng_state, state.loss_window) == (found.step, found.step + 1, (found.step / 3,))
+        for rank in range(found.world_size):
+            state = read_state(found.state(rank), SHAPE.num_parameters)
+            assert (state.step, state.rank, state.rng_state) == (found.step, rank, found.step + 1)
+            assert state.loss_window == (found.step / 3,)
         # llm.c looks at markers alone.
         assert max(directory.glob("DONE_*")) == found.done
         if os.WIFEXITED(status):  # there was no such call any more
@@ -276,9 +362,10 @@ def test_kill_at_any_step_of_a_save(tmp_path):
         # The next run goes on, writes what was not written, and nothing is left of the killed one.
         remove_leftovers(directory)
         for step in range(found.step + 10, 31, 10):
-            save(directory, step)
-        assert names(directory) == ["DONE_00000030", "model_00000030.bin", "state_00000030_00000.bin"]
+            save(directory, step, size)
+        states = [f"state_00000030_{rank:05d}.bin" for rank in range(size)]
+        assert names(directory) == ["DONE_00000030", "model_00000030.bin", *states]
     assert names(directory) == names(tmp_path / "20")
     # The new one counts from some call on; before it are the writes of each of 16 tensors and of each of 3 * 16.
-    assert seen == sorted(seen) and seen.count(10) > 16 + 3 * 16
+    assert seen == sorted(seen) and seen.count(10) > 16 + size * 3 * 16
     assert seen.count(20) >= 3  # the deletions

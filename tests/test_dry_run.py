@@ -267,6 +267,47 @@ def test_micro_steps(dry_run):
     assert ", 1 micro-step(s)" in dry_run(f"{SMALL} -t 16 -b 2").text
 
 
+STEPS = [  # flags, the line; -b 4 -t 16 are 64 tokens a pass
+    ("-x 20", "steps: 20 of 64 tokens = 1.28e3 tokens in all"),
+    ("-x 18865 -d 524288 -pn 8", "steps: 18865 of 524288 tokens = 9.89e9 tokens in all"),
+    ("-x 2147483647 -b 65536", "steps: 2147483647 of 1048576 tokens = 2.25e15 tokens in all"),
+    ("-x 1 -b 1 -t 5", "steps: 1 of 5 tokens = 5.00e0 tokens in all"),
+    ("-x 0", "steps: 0 of 64 tokens = 0.00e0 tokens in all"),
+    ("-i data/a_*.bin", "steps: 15 of 64 tokens = 9.60e2 tokens in all (an epoch of 1001)"),
+    ("-i data/a_*.bin -x 30", "steps: 30 of 64 tokens = 1.92e3 tokens in all"),
+    ("-i data/a_*.bin -d 384 -pn 3", "steps: 2 of 384 tokens = 7.68e2 tokens in all (an epoch of 1001)"),
+    ("-i data/a_*.bin -d 2048", "steps: 0 of 2048 tokens = 0.00e0 tokens in all (an epoch of 1001)"),
+    ("-j data/a_*.bin -a 1", "steps: 15 of 64 tokens = 9.60e2 tokens in all (an epoch of 1001)"),
+    ("-i none_*.bin", "steps: one epoch, however long that is: none_*.bin is not there; -x says it"),
+]
+
+
+@pytest.mark.parametrize(("flags", "line"), STEPS, ids=[row[0] for row in STEPS])
+def test_steps_and_tokens(dry_run, directory, flags, line):
+    (directory / "data").mkdir()
+    for number, n in enumerate((301, 700)):
+        write(directory / f"data/a_{number}.bin", 20240520, 1, n, content=bytes(2 * n))
+    assert dry_run(f"{SMALL} -t 16 {flags}").text.splitlines()[1] == line
+
+
+def test_a_damaged_shard(dry_run, directory):
+    write(directory / "a_0.bin", 20240520, 1, 9, content=bytes(2))
+    with pytest.raises(RunError, match=r"a_0\.bin"):
+        dry_run(f"{SMALL} -t 16 -i a_*.bin")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_a_stage_saves(dry_run, stage):
+    """The difference of the totals; at stage 1 that is 7/8 of m and v, N numbers each."""
+    flags = "-e gpt2:d6 -t 64 -b 1 -pn 8"
+    report, uncut = dry_run(f"{flags} -z {stage}"), dry_run(flags)
+    saved = float(re.search(rf"^-z {stage}: ([\d.]+) MiB less per process than -z 0$", report.text, re.MULTILINE)[1])
+    assert saved == pytest.approx((uncut.totals["total"] - report.totals["total"]) / MIB, abs=0.051)
+    if stage == 1:
+        assert saved == pytest.approx(2 * 30357504 * 4 * 7 / 8 / MIB, abs=0.1)  # less padding
+    assert "less per process" not in uncut.text
+
+
 def write(path, *slots, content=b""):
     path.write_bytes(struct.pack("<256i", *slots, *[0] * (256 - len(slots))) + content)
 

@@ -132,14 +132,15 @@ def torch_loss() -> float:
 def state_bytes(
     m: list[float], v: list[float], master: list[float] | None = None, ours: bool = True, **slots: int
 ) -> bytes:
-    """Of 2 ranks, shuffled: shard 1 of 3, sample 2 of 4. llm.c's files lack slots 6 and 12 and the trailer."""
-    own = {"s6": 1, "u12": len(m)} if ours else {}
+    """Of 2 ranks, shuffled: shard 1 of 3, sample 2 of 4. llm.c's files lack slots 6, 12 and 14 and the trailer."""
+    own = {"s1": 2, "s6": 1, "u12": N, "u14": len(m)} if ours else {}
     given = {"s4": int(master is not None), "s5": 1, "s10": 20, "u20": 2**63 + 5, "u22": 9, "u30": 1, "u32": 2}
     raw = header(20240527, 1, 2, 1, **{**given, **own, **slots})
     raw += np.array([*m, *v, *(master or [])], "<f4").tobytes()
     raw += struct.pack("<Q3i", 3, 2, 0, 1) + struct.pack("<Q4i", 4, 3, 1, 0, 2)
     raw += struct.pack("<QiI", 0, 625 - 600, 600) + struct.pack("<624I2I", *range(624), 0, 0x9908B0DF)
-    trailer = json.dumps({"loss_window": [1.5, 2.5], "norm_window": [0.5]}).encode()
+    fields = {"loss_window": [1.5, 2.5], "norm_window": [0.5], "B": 6, "T": 8, "epoch": 1}
+    trailer = json.dumps({**fields, "consumed": {"1": {"0": [[0, 7], [9, 12]], "2": [[5, 6]]}}}).encode()
     return raw + struct.pack("<iQ", 20261124, len(trailer)) + trailer if ours else raw
 
 
@@ -357,15 +358,20 @@ STATE_LINES = [
     "rank: 1",
     "zero_stage: 1",
     "has_master: True",
-    "num_parameters: 2",
+    "num_parameters: 90",
+    "array_size: 2",
     "rng_state: 9223372036854775813",
     "last_update_rng_state: 9",
+    "B: 6",
+    "T: 8",
+    "epoch: 1",
     "shuffle: True",
     "shard_index: 1",
     "next_sample: 2",
     "shard_order: 3",
     "sample_order: 4",
     "generator position: 600",
+    "consumed before in epoch 1: 11 tokens, in 2 shards",
     "loss_window: 2",
     "norm_window: 1",
 ]
@@ -391,7 +397,7 @@ def test_state(inspect) -> None:
         "v": ((2,), (1, 1, 0, 2, 2)),
         "master": ((2,), (1, 0, 1, 1, math.sqrt(2))),
     }
-    title = [f"file: s.bin ({len(raw)} bytes)", "kind: training state, version 1"]
+    title = [f"file: s.bin ({len(raw)} bytes)", "kind: training state, version 2"]
     assert lines == [*title, *STATE_LINES, *table(rows), *STATE_CHECKS]
 
 
@@ -420,7 +426,8 @@ def test_unshuffled_state(inspect) -> None:
     Path("s.bin").write_bytes(raw + struct.pack("<iQ", 20261124, len(trailer)) + trailer)
     status, lines, error = inspect("s.bin")
     assert (status, error) == (0, "")
-    assert lines[10:15] == ["shuffle: False", "shard_index: 0", "next_sample: 4", "loss_window: 0", "norm_window: 0"]
+    assert lines[11:14] == ["B: None", "T: None", "epoch: 0"]
+    assert lines[14:19] == ["shuffle: False", "shard_index: 0", "next_sample: 4", "loss_window: 0", "norm_window: 0"]
     assert lines[-4:] == STATE_CHECKS[:4]
 
 
@@ -440,15 +447,15 @@ def test_state_of_llm_c_in_parts(inspect) -> None:
     Path("m.bin").write_bytes(model_bytes(tensors()))
     Path("s.bin").write_bytes(header(20240527, 1, 2, 1, 1) + struct.pack("<f", 1) * (3 * N // 2))
     status, lines, _ = inspect("s.bin", "--model", "m.bin")
-    assert status == 0 and f"num_parameters: {N // 2}" in lines
+    assert status == 0 and lines[5:9] == ["zero_stage: 1", "has_master: True", "num_parameters: 90", "array_size: 45"]
     assert lines[-7:-4] == table({name: constant_row((N // 2,), 1) for name in ("m", "v", "master")})[1:]
 
 
 def test_state_of_another_model(inspect) -> None:
     Path("m.bin").write_bytes(model_bytes(tensors()))
-    Path("s.bin").write_bytes(state_bytes([1] * (N // 2), [1] * (N // 2)))
-    assert inspect("s.bin", "--model", "m.bin")[0] == 0  # the parts of two ranks
-    Path("s.bin").write_bytes(state_bytes([1] * (N // 2), [1] * (N // 2), s6=0))
+    Path("s.bin").write_bytes(state_bytes([1] * 64, [1] * 64))
+    assert inspect("s.bin", "--model", "m.bin")[0] == 0
+    Path("s.bin").write_bytes(state_bytes([1] * (N // 2), [1] * (N // 2), s1=1, s6=0, u12=N // 2, u14=0))
     assert inspect("s.bin", "--model", "m.bin") == (
         1,
         [],
@@ -569,6 +576,7 @@ VERSIONS = {
     "debug state": "2",
     "tokenizer": "1 or 2",
     "token shard (uint32)": "7",
+    "training state": "1 or 2",
 }
 
 

@@ -1,54 +1,308 @@
-"""One process only: what says that there are to be several is refused, with one line."""
+"""How the processes of a run find each other, what they refuse, and how they end: together."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from ranks_testing import start
 
+from llmc import cli
+from llmc.command_line import parse_args
 from llmc.config import TrainConfig
 from llmc.errors import RunError, UsageError
-from llmc.launch import WORLD_SIZE_VARIABLES, check_single_process
+from llmc.launch import Place, detect, find_place, launch
+from llmc.stores import slurm_address
 
-# Of Open MPI, of MPICH and Intel MPI, of torchrun, of srun.
-VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """These tests may themselves run in a job."""
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
-def test_variables():
-    assert set(WORLD_SIZE_VARIABLES) == set(VARIABLES)
-
-
-@pytest.mark.parametrize("method", ["mpi", "tcp", "fs"])
-def test_a_single_process(method):
-    check_single_process(TrainConfig(start_method=method))
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+HYDRA = {"PMI_SIZE": "8", "PMI_RANK": "3", "MPI_LOCALRANKID": "3"}
+TORCHRUN = {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "3"}
+IN_A_JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+# What the daemons of mpirun get from Slurm, and hand on: they are one task each.
+DAEMON = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"}
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("environ", "place"),
     [
-        ("mpi", "-pn 8 has no effect with -pm mpi, where mpirun -np says it"),
-        ("tcp", "-pn 8: this version trains in one process; use -pn 1"),
-        ("fs", "-pn 8: this version trains in one process; use -pn 1"),
+        ({}, Place("")),
+        (IN_A_JOB, Place("")),  # the script of a job
+        (OPEN_MPI, Place("Open MPI's mpirun", 3, 8)),
+        (HYDRA, Place("mpirun", 3, 8)),
+        (TORCHRUN, Place("torchrun", 3, 8)),
+        (SRUN, Place("srun", 3, 8)),
+        ({**SRUN, "PMI_SIZE": "8", "PMI_RANK": "3"}, Place("srun", 3, 8)),  # --mpi=pmi2
+        ({**SRUN, "PMIX_RANK": "3"}, Place("srun", 3, 8)),
+        ({**DAEMON, **OPEN_MPI}, Place("Open MPI's mpirun", 3, 8)),
+        ({**DAEMON, **HYDRA}, Place("mpirun", 3, 8)),
+        ({**SRUN, **TORCHRUN}, Place("torchrun", 3, 8)),
+        ({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}, Place("torchrun", 0, 1)),
     ],
 )
-def test_several_processes_by_flag(method, message):
-    with pytest.raises(UsageError) as caught:
-        check_single_process(TrainConfig(start_method=method, num_processes=8))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+def test_environments(environ, place):
+    assert detect(environ) == place
 
 
-@pytest.mark.parametrize("name", VARIABLES)
-def test_several_processes_by_environment(monkeypatch, name):
-    monkeypatch.setenv(name, "8")
-    with pytest.raises(RunError) as caught:
-        check_single_process(TrainConfig())
-    assert f"({name}=8)" in str(caught.value) and "\n" not in str(caught.value)
+@pytest.mark.parametrize(("rank", "size"), [("8", "8"), ("-1", "8"), ("x", "8"), ("0", "")])
+def test_an_impossible_environment(rank, size):
+    with pytest.raises(RunError, match=f"RANK={rank} and WORLD_SIZE={size} in the environment are no rank"):
+        detect({**TORCHRUN, "RANK": rank, "WORLD_SIZE": size})
 
 
-@pytest.mark.parametrize("name", VARIABLES)
-def test_one_process_started_by_a_launcher(monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    check_single_process(TrainConfig())
+@pytest.mark.parametrize(
+    ("flags", "environ", "place"),
+    [
+        ({}, {}, Place("")),
+        ({}, HYDRA, Place("mpirun", 3, 8)),
+        ({"num_processes": 8}, HYDRA, Place("mpirun", 3, 8)),
+        ({"start_method": "fs", "num_processes": 4, "process_rank": 2}, {}, Place("-pm fs", 2, 4)),
+        # The flags are made from Slurm's variables there.
+        (
+            {"start_method": "tcp", "num_processes": 8, "process_rank": 3, "server_ip": "n1"},
+            SRUN,
+            Place("-pm tcp", 3, 8),
+        ),
+        ({"num_processes": 8}, {}, "-pn 8 has no effect with -pm mpi, where mpirun -np says it: drop it"),
+        ({"num_processes": 4}, HYDRA, "-pn 4, but mpirun has started 8 processes: drop -pn"),
+        ({"start_method": "fs"}, HYDRA, "mpirun has started 8 processes, but with -pm fs and without -pn each"),
+        ({"start_method": "tcp", "num_processes": 2}, {}, "-pm tcp needs the address of rank 0: give it with -ps"),
+    ],
+)  # fmt: skip
+def test_flags_and_environment(flags, environ, place):
+    config = TrainConfig(**flags)
+    if isinstance(place, Place):
+        assert find_place(config, environ) == place
+    else:
+        with pytest.raises(UsageError) as caught:
+            find_place(config, environ)
+        assert str(caught.value).startswith(place)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[3-4,7],gpu1", "n3"), ("n[07]", "n07"), ("r[1-2]n[05-08].lan", "r1n05.lan")],
+)
+def test_the_first_node_of_slurm(nodes, host):
+    environ = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
+    found, port = slurm_address(environ)
+    assert found == host and 1024 <= port < 32768
+    assert slurm_address({**environ, "SLURM_STEP_ID": "3"})[1] != port
+
+
+# --- real processes -------------------------------------------------------------------------------------------------
+
+
+def process(output, environ, flags, action):
+    """One rank, in a process that writes to the files `output`.out and .err."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.environ.update(environ)
+
+    def main(_):
+        with launch(parse_args(flags.split()).config) as ranks:
+            action(ranks)
+
+    cli.run("llmc-train", main, [])
+
+
+class Run:
+    """Processes that are started and waited for; what they wrote and how they ended, by number."""
+
+    def __init__(self, folder, action, ranks, environ=None):
+        """ranks: the flags of each process."""
+        self.outputs = [folder / f"rank{i}" for i in range(len(ranks))]
+        environ = {"LLMC_START_TIMEOUT": "20", "OMP_NUM_THREADS": "1", **(environ or {})}
+        self.started = time.monotonic()
+        self.processes = [
+            start(process, str(output), environ, flags, action)
+            for output, flags in zip(self.outputs, ranks, strict=True)
+        ]
+
+    def wait(self, seconds=40):
+        """Statuses, and all of stderr."""
+        end = time.monotonic() + seconds
+        for started in self.processes:
+            started.join(max(0, end - time.monotonic()))
+        hang = [number for number, started in enumerate(self.processes) if started.is_alive()]
+        for started in self.processes:
+            started.kill()
+        assert not hang, f"ranks {hang} are still there; stderr: {self.read('err')}"
+        return [started.exitcode for started in self.processes], self.read("err")
+
+    def read(self, name):
+        return "".join(Path(f"{output}.{name}").read_text() for output in self.outputs)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flags_of(folder, size, **changes):
+    return [f"-pm fs -pp {folder} -pn {size} -pr {changes.get(str(rank), rank)}" for rank in range(size)]
+
+
+def say_who(ranks):
+    ranks.barrier("hello")
+    print(f"rank {ranks.rank} of {ranks.size}, {ranks.local_rank} of {ranks.local_size} here")
+    time.sleep(0.3 * ranks.rank)  # the last one is slower than the others
+
+
+def test_fs(tmp_path):
+    run = Run(tmp_path, say_who, flags_of(tmp_path, 3))
+    assert run.wait() == ([0, 0, 0], "")
+    assert run.read("out") == "rank 0 of 3, 0 of 3 here\n"  # only rank 0 prints
+    assert not list(tmp_path.glob("llmc_meeting*"))
+
+
+def test_fs_after_a_crash(tmp_path):
+    """Rank 0 replaces the file of a run that is gone, whoever looks at it first."""
+    (tmp_path / "llmc_meeting").write_text(f'["{socket.gethostname()}", {free_port()}, "0123"]')
+    run = Run(tmp_path, say_who, list(reversed(flags_of(tmp_path, 2))))
+    assert run.wait() == ([0, 0], "")
+
+
+def test_a_stale_file(tmp_path):
+    port = free_port()
+    (tmp_path / "llmc_meeting").write_text(f'["{socket.gethostname()}", {port}, "0123"]')
+    run = Run(tmp_path, say_who, [flags_of(tmp_path, 2)[1]], {"LLMC_START_TIMEOUT": "1"})
+    statuses, errors = run.wait()
+    assert statuses == [1]
+    assert "rank 0 has not started within 1 s" in errors and f"nobody answers at 127.0.0.1:{port}; delete it" in errors
+    assert errors.count("\n") == 1
+
+
+def test_tcp_and_torchrun(tmp_path):
+    """Both by environment variables or flags alone, one run after the other on one machine."""
+    port = free_port()
+    flags = [f"-pm tcp -ps 127.0.0.1 -pg 2 -pn 2 -pr {rank}" for rank in range(2)]
+    run = Run(tmp_path, say_who, flags)
+    assert run.wait() == ([0, 0], "")
+    environ = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = Run(tmp_path, say_who, ["-b 1"], environ)
+    assert run.wait() == ([0], "")
+    assert run.read("out").endswith("rank 0 of 1, 0 of 1 here\n")
+
+
+def test_a_missing_rank(tmp_path):
+    statuses, errors = Run(tmp_path, say_who, flags_of(tmp_path, 3)[:2], {"LLMC_START_TIMEOUT": "2"}).wait()
+    assert statuses == [1, 1]
+    assert errors.count("1 of 3 ranks did not start within 2 s (LLMC_START_TIMEOUT): rank 2\n") == 2
+
+
+def test_wrong_sizes_and_ranks(tmp_path):
+    other_size = [flags_of(tmp_path, 3)[0], flags_of(tmp_path, 2)[1]]
+    statuses, errors = Run(tmp_path, say_who, other_size, {"LLMC_START_TIMEOUT": "5"}).wait()
+    assert statuses == [1, 1]
+    assert errors.count("was started as one of 2 processes, rank 0") == 2 and errors.count("as one of 3\n") == 2
+    twice = flags_of(tmp_path, 3, **{"2": 1})
+    statuses, errors = Run(tmp_path, say_who, twice, {"LLMC_START_TIMEOUT": "5"}).wait()
+    assert statuses == [1, 1, 1]
+    assert errors.count("give each process another rank\n") == 3
+
+
+def test_other_flags(tmp_path):
+    flags = flags_of(tmp_path, 2)
+    statuses, errors = Run(tmp_path, say_who, [flags[0] + " -l 1e-3", flags[1]]).wait()
+    assert statuses == [1, 1]
+    same = "start all processes with the same flags"
+    assert errors == f"llmc-train: error: --learning-rate is 0.001 on rank 0 and 0.0003 on rank 1: {same}\n"
+
+
+def fail_alone(ranks):
+    if ranks.rank == 1:
+        raise RunError("the disk is full")
+    time.sleep(60)
+
+
+def fail_together(ranks):
+    raise UsageError("no such thing")
+
+
+def die_in_a_barrier(ranks):
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.barrier("a checkpoint")
+
+
+def die_while_others_work(ranks):
+    if ranks.rank == 0:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        sum(range(10**6))
+
+
+@pytest.mark.parametrize(
+    ("action", "statuses", "cause"),
+    [
+        (fail_alone, [1, 1, 1], "llmc-train: error: rank 1: the disk is full\n"),
+        (fail_together, [2, 2, 2], "llmc-train: error: no such thing\n"),
+        (die_in_a_barrier, [1, -9, 1], "llmc-train: error: rank 1 (process {1} on {host}) has died: killed, perhaps"),
+    ],
+)
+def test_one_cause_and_a_quick_end(tmp_path, action, statuses, cause):
+    run = Run(tmp_path, action, flags_of(tmp_path, 3))
+    pids = [started.pid for started in run.processes]
+    assert run.wait(20)[0] == statuses
+    errors = run.read("err")
+    assert errors.startswith(cause.format(*pids, host=socket.gethostname())) and errors.count("\n") == 1
+
+
+def test_rank_0_dies(tmp_path):
+    """There is nobody to speak for all then: each says it."""
+    run = Run(tmp_path, die_while_others_work, flags_of(tmp_path, 3))
+    statuses, errors = run.wait(20)
+    assert statuses == [-9, 1, 1]
+    assert errors.count("llmc-train: error: rank 0 (process") == errors.count(" has died: ") == errors.count("\n") == 2
+
+
+def test_ctrl_c(tmp_path):
+    run = Run(tmp_path, fail_alone_never, flags_of(tmp_path, 2))
+    while "ready" not in run.read("out") if run.outputs[0].with_suffix(".out").exists() else True:
+        assert time.monotonic() < run.started + 20
+        time.sleep(0.1)
+    for started in run.processes:
+        os.kill(started.pid, signal.SIGINT)
+    assert run.wait(20) == ([130, 130], "llmc-train: error: interrupted\n")
+
+
+def fail_alone_never(ranks):
+    ranks.barrier("ready")
+    print("ready", flush=True)
+    time.sleep(60)
+
+
+PROGRAM = """
+import sys
+from llmc import cli
+from llmc.config import TrainConfig
+from llmc.launch import launch
+def main(_):
+    with launch(TrainConfig()) as ranks:
+        print("sum", sum(ranks.gather(ranks.rank, "ranks")), "of", ranks.size)
+        if "die" in sys.argv and ranks.rank == 1:
+            raise OSError("boom")
+        ranks.barrier("end")
+cli.run("llmc-train", main, [])
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["die"]])
+def test_mpirun(arguments):
+    """Verbatim, with the MPI that was installed with the package; also as root, and with more ranks than cores."""
+    if not (mpirun := shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")):
+        pytest.skip("there is no mpirun")
+    command = [mpirun, "-np", "3", sys.executable, "-c", PROGRAM, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[0] == "sum 3 of 3"
+    assert result.returncode == (1 if arguments else 0)
+    assert ("llmc-train: error: rank 1: boom" in result.stderr) == bool(arguments)

@@ -212,7 +212,7 @@ def test_last_target_is_checked_too(tmp_path: Path) -> None:
 
 def write(path: Path, loader: LoaderState) -> None:
     """A state file of a model of one parameter."""
-    state = TrainState(1, 1, 0, 0, False, 1, 0, 0, loader, (), ())
+    state = TrainState(1, 1, 1, 0, 0, False, 1, 1, 0, 0, loader, (), ())
     write_state(path, state, {"m": [torch.zeros(1)], "v": [torch.zeros(1)]})
 
 
@@ -269,6 +269,7 @@ def test_generator_in_a_state_file(tmp_path: Path, draws: int) -> None:
         (True, {"shard_index": 3}, r"it stands in shard 3 of 3"),
         (False, {"shard_index": 3}, r"it stands in shard 3 of 3"),
         (False, {"shard_index": 2**64 - 1}, r"of a run over other data"),
+        (True, {"consumed": {0: {3: np.array([[0, 8]])}}}, r"of a run over other data: it stands in shard 3 of 3"),
         (True, {"sample_order": np.arange(4)}, r"is of a run that read 4 batches from .*s_00[0-2].bin, now it has 9"),
         (True, {"sample_order": np.zeros(9, int)}, r"is of a run that read 9 batches from"),
         (True, {"sample_order": np.arange(-1, 8)}, r"is of a run that read 9 batches from"),
@@ -288,9 +289,13 @@ def test_positions_that_do_not_fit(tmp_path: Path, shuffle: bool, change: dict[s
 def test_positions_of_other_data_or_batches(tmp_path: Path) -> None:
     make_shards(tmp_path, [73, 79, 80])
     state = DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=True).state()
+    unknown = dataclasses.replace(state, B=None, T=None)
     for B, T, ranks in [(1, 4, 1), (2, 8, 1), (2, 4, 2)]:
+        loader = DataLoader(f"{tmp_path}/s_*.bin", B, T, 0, ranks, shuffle=True)
+        with pytest.raises(RunError, match=r"^state\.bin is of a run that read 9 batches from .* the same data -i$"):
+            loader.load_state(state, "state.bin")
         with pytest.raises(RunError, match=r"^state\.bin is of a run that read 9 batches from .* -i, -b and -t$"):
-            DataLoader(f"{tmp_path}/s_*.bin", B, T, 0, ranks, shuffle=True).load_state(state, "state.bin")
+            loader.load_state(unknown, "state.bin")
     (tmp_path / "s_001.bin").unlink()
     with pytest.raises(RunError, match=r"^state\.bin is of a run over 3 shards, now there are 2: .* -i$"):
         DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=True).load_state(state, "state.bin")

@@ -16,6 +16,7 @@ from llmc.model_file import (
     load_model,
     read_model_header,
     save_model,
+    save_units,
 )
 
 SHAPE = ModelShape(max_seq_len=5, vocab_size=7, padded_vocab_size=9, num_layers=3, num_heads=2, channels=4)
@@ -141,6 +142,29 @@ def test_load_fills_views_of_other_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", [3, 5])
+@pytest.mark.parametrize("cut", [0.0, 0.3, 1.0])
+def test_load_parts(tmp_path: Path, cut: float, version: int, dtype: torch.dtype) -> None:
+    """Each tensor in two flat parts, one of which may be empty or keep the tensor's shape."""
+    path = tmp_path / "model.bin"
+    path.write_bytes(model_bytes(random_values(2), version))
+    sizes = {name: value.size for name, value in by_layer(random_values(2)).items()}
+    cuts = {name: int(cut * size) for name, size in sizes.items()}
+    first = {name: torch.full((n,), torch.nan, dtype=dtype) for name, n in cuts.items()}
+    second = {name: torch.full((size - cuts[name],), torch.nan, dtype=dtype) for name, size in sizes.items()}
+    if cut == 0:
+        second["wte"] = second["wte"].view(9, 4)
+    load_model(path, first, {name: (0, n) for name, n in cuts.items()})
+    load_model(path, second, {name: (cuts[name], size) for name, size in sizes.items()})
+    for name, value in by_layer(random_values(2)).items():
+        exact = value if version == 3 and dtype == torch.float32 else from_bf16_bits(to_bf16_bits(value))
+        parts = torch.cat([first[name].view(-1), second[name].view(-1)])
+        np.testing.assert_array_equal(parts.float().numpy(), exact.reshape(-1), err_msg=name)
+    with pytest.raises(RunError, match=r"holds another model than the one to load it into, which differs in wte"):
+        load_model(path, first, {name: (0, n + 1) for name, n in cuts.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("version, file_dtype", [(3, "fp32"), (5, "bf16")])
 def test_save(tmp_path: Path, version: int, file_dtype: str, dtype: torch.dtype) -> None:
     path = tmp_path / "model.bin"
@@ -151,6 +175,29 @@ def test_save(tmp_path: Path, version: int, file_dtype: str, dtype: torch.dtype)
     save_model(path, SHAPE, file_dtype, parameters)
     assert path.read_bytes() == model_bytes(values, version)
     assert os.listdir(tmp_path) == ["model.bin"]
+
+
+@pytest.mark.parametrize("version, file_dtype", [(3, "fp32"), (5, "bf16")])
+def test_save_in_units(tmp_path: Path, version: int, file_dtype: str) -> None:
+    """In the order of the program, which is not the file's, and of which nothing outlives its turn."""
+    tensors = {name: torch.from_numpy(value) for name, value in by_layer(random_values(4)).items()}
+    groups = [["wte", "wpe"], *([n for n in tensors if n.startswith(f"h{i}.")] for i in range(3)), ["lnfw", "lnfb"]]
+
+    def units():
+        for group in groups:
+            unit = {name: tensors[name].clone() for name in group}
+            yield unit
+            for tensor in unit.values():
+                tensor.fill_(torch.nan)
+
+    save_units(tmp_path / "units.bin", SHAPE, file_dtype, units(), 7)
+    save_model(tmp_path / "whole.bin", SHAPE, file_dtype, tensors, 7)
+    assert (tmp_path / "units.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+    assert (tmp_path / "units.bin").read_bytes()[1024:] == model_bytes(random_values(4), version)[1024:]
+    del groups[2]
+    with pytest.raises(ValueError, match=r"^h1\.ln1w, h1\.ln1b, .* did not come"):
+        save_units(tmp_path / "short.bin", SHAPE, file_dtype, units())
+    assert sorted(os.listdir(tmp_path)) == ["units.bin", "whole.bin"]
 
 
 def test_failed_save_leaves_the_old_file(tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ from llmc.command_line import build_parser, parse_args
 from llmc.config import flag_fields, names, show
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "scripts/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 

@@ -157,7 +157,9 @@ class Resumed:
     def __init__(self, monkeypatch):
         self.runs = []
         prepare = llmc.train.prepare
-        monkeypatch.setattr(llmc.train, "prepare", lambda config: self.runs.append(prepare(config)) or self.runs[-1])
+        monkeypatch.setattr(
+            llmc.train, "prepare", lambda *arguments: self.runs.append(prepare(*arguments)) or self.runs[-1]
+        )
 
     def model(self, flags, output):
         train(f"{flags} -y 1", output)
@@ -309,7 +311,7 @@ DAMAGES = {  # name: (what happens to the directory, further flags, status, what
     "state empty": (lambda: damage(STATE, lambda raw: raw[:5]), "", 1, f"{STATE} is not a training state: it has 5"),
     "state too long": (lambda: damage(STATE, lambda raw: raw + b"x"), "", 1, f"{STATE} is too long"),
     "state version": (lambda: damage(STATE, put(1, 9)), "", 1, f"{STATE}: training state of version 9"),
-    "state of ranks": (lambda: damage(STATE, put(2, 8)), "", 1, f"{STATE} was written by rank 0 of 8"),
+    "state of ranks": (lambda: damage(STATE, put(3, 1)), "", 1, f"{STATE} is of rank 1 of 1, not of 0 of 1"),
     "files swapped": (
         lambda: (os.rename(MODEL, "x"), os.rename(STATE, MODEL), os.rename("x", STATE)),
         "",
@@ -331,7 +333,6 @@ DAMAGES = {  # name: (what happens to the directory, further flags, status, what
         1,
         f"{STATE} is of a run over 3 shards",
     ),
-    "other batch": (lambda: None, "-b 3", 1, f"{STATE} is of a run that read"),
     "overfit": (lambda: None, "-a 1", 1, f"{STATE} is of a run with -a 0"),
     "shorter run": (lambda: None, "-x 15", 2, "is at step 20, the run would end at step 15: raise -x"),
     "no master": (lambda: damage(STATE, put(4, 0)), "", 1, f"{STATE}"),

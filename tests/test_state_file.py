@@ -1,6 +1,7 @@
 """State files: llm.c's, laid out by hand, are read; ours are taken apart by hand; damaged ones are refused by name."""
 
 import dataclasses
+import json
 import random
 import struct
 import tracemalloc
@@ -46,12 +47,13 @@ def test_a_file_of_llm_c(tmp_path, master, shuffle):
     path = tmp_path / "state_00000300_00000.bin"
     path.write_bytes(state_of_llm_c(master, shuffle))
     state = read_state(path, N)
-    assert (state.step, state.world_size, state.rank, state.zero_stage) == (300, 1, 0, 0)
-    assert (state.has_master, state.num_parameters) == (master, N)
+    assert (state.version, state.step, state.world_size, state.rank, state.zero_stage) == (1, 300, 1, 0, 0)
+    assert (state.has_master, state.num_parameters, state.array_size) == (master, N, N)
     assert (state.rng_state, state.last_update_rng_state) == (0x123456789ABCDEF0, 0xFEDCBA9876543210)
     assert (state.loss_window, state.norm_window) == ((), ())
     loader = state.loader
     assert (loader.shuffle, loader.shard_index, loader.next_sample) == (shuffle, 1, 2)
+    assert (loader.B, loader.T, loader.epoch, loader.consumed) == (None, None, 0, {})
     if shuffle:
         assert loader.shard_order.tolist() == [2, 0, 1]
         assert loader.sample_order.tolist() == [3, 1, 0, 2]
@@ -65,6 +67,24 @@ def test_a_file_of_llm_c(tmp_path, master, shuffle):
         read_state(path)
 
 
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 7])
+def test_a_file_of_llm_c_at_stage_1(tmp_path, ranks, master, shuffle):
+    """Arrays of N / P values under the same header: only the size of the file tells."""
+    path = tmp_path / "state_00000300_00000.bin"
+    path.write_bytes(changed(state_of_llm_c(master, shuffle), 4 * 2, "<i", ranks))
+    state = read_state(path, ranks * N)
+    assert (state.version, state.world_size, state.zero_stage) == (1, ranks, 0 if ranks == 1 else 1)
+    assert (state.num_parameters, state.array_size) == (ranks * N, N)
+    assert [array.tolist() for array in map_arrays(path, state).values()] == [
+        [k + 100.5 * i for k in range(N)] for i in range(3 if master else 2)
+    ]
+    for other in (N + 1, ranks * N + 1, 5 * ranks * N):
+        with pytest.raises(RunError, match=r"state_00000300_00000\.bin is (truncated or of another model|too long): "):
+            read_state(path, other)
+
+
 @pytest.mark.parametrize(
     ("left", "position", "expected"),
     [(1, 0, 624), (1, 624, 624), (624, 1, 1), (2, 623, 623)],  # just seeded; used up; one number drawn; one left
@@ -74,19 +94,24 @@ def test_positions_of_the_generator(tmp_path, left, position, expected):
     assert read_state(tmp_path / "s.bin", N).loader.position == expected
 
 
-def our_state(master=True, shuffle=True, position=17):
+CONSUMED = {2: {0: np.array([[0, 7]]), 11: np.array([[3, 4], [9, 2**40]])}, 3: {1: np.array([[1, 2]])}}
+
+
+def our_state(master=True, shuffle=True, position=17, stage=0):
     order = np.array([1, 0], np.int32), np.array([4, 2, 0, 1, 3], np.int32)
     empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
     return TrainState(
+        version=1 if stage == 0 else 2,
         step=41,
-        world_size=1,
-        rank=0,
-        zero_stage=0,
+        world_size=4,
+        rank=3,
+        zero_stage=stage,
         has_master=master,
-        num_parameters=N,
+        num_parameters=N if stage == 0 else 25,
+        array_size=N,
         rng_state=2**64 - 2,
         last_update_rng_state=2**63 + 5,
-        loader=LoaderState(shuffle, 1, 5, *(order if shuffle else empty), KEY, position),
+        loader=LoaderState(shuffle, 1, 5, *(order if shuffle else empty), KEY, position, 6, 32, 2, CONSUMED),
         loss_window=(0.1, 1e-300, 1 / 3, 4.170298),
         norm_window=(1e300, 5e-324),
     )
@@ -100,18 +125,19 @@ def write(path, state):
 
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("position", [17, 624])
-def test_what_is_written_is_what_llm_c_reads(tmp_path, master, shuffle, position):
+@pytest.mark.parametrize(("stage", "position"), [(0, 17), (0, 624), (1, 17), (2, 624), (3, 17)])
+def test_what_is_written(tmp_path, master, shuffle, stage, position):
+    """At stage 0 it is what llm.c reads, but for the trailer."""
     path = tmp_path / "state.bin"
-    write(path, dataclasses.replace(our_state(master, shuffle, position), world_size=4, rank=3, zero_stage=2))
+    write(path, our_state(master, shuffle, position, stage))
     raw = path.read_bytes()
     slots = struct.unpack_from("<256i", raw)
-    assert slots[:7] == (20240527, 1, 4, 3, int(master), int(shuffle), 2)
+    assert slots[:7] == (20240527, 1 if stage == 0 else 2, 4, 3, int(master), int(shuffle), stage)
     assert slots[10] == 41
     assert struct.unpack_from("<QQ", raw, 4 * 20) == (2**64 - 2, 2**63 + 5)
     assert struct.unpack_from("<QQ", raw, 4 * 30) == (1, 5)
-    assert struct.unpack_from("<Q", raw, 4 * 12) == (N,)  # ours
-    used = {0, 1, 2, 3, 4, 5, 6, 10, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33}
+    assert struct.unpack_from("<QQ", raw, 4 * 12) == ((N, 0) if stage == 0 else (25, N))  # ours
+    used = {0, 1, 2, 3, 4, 5, 6, 10, 12, 13, 14, 15, 20, 21, 22, 23, 30, 31, 32, 33}
     assert not any(slot for i, slot in enumerate(slots) if i not in used)
     offset = 1024
     for i in range(3 if master else 2):
@@ -125,21 +151,34 @@ def test_what_is_written_is_what_llm_c_reads(tmp_path, master, shuffle, position
         offset += 2520
     magic, length = struct.unpack_from("<iQ", raw, offset)
     assert (magic, offset + 12 + length) == (20261124, len(raw))
+    assert json.loads(raw[offset + 12 :]) == {
+        "loss_window": [0.1, 1e-300, 1 / 3, 4.170298],
+        "norm_window": [1e300, 5e-324],
+        "B": 6,
+        "T": 32,
+        "epoch": 2,
+        "consumed": {"2": {"0": [[0, 7]], "11": [[3, 4], [9, 2**40]]}, "3": {"1": [[1, 2]]}},
+    }
 
 
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("position", [1, 300, 624])
-def test_round_trip(tmp_path, master, shuffle, position):
-    state = our_state(master, shuffle, position)
+@pytest.mark.parametrize(("stage", "position"), [(0, 1), (0, 300), (2, 624)])
+def test_round_trip(tmp_path, master, shuffle, stage, position):
+    state = our_state(master, shuffle, position, stage)
     write(tmp_path / "state.bin", state)
-    for count in (None, N):
+    for count in (None, state.num_parameters):
         found = read_state(tmp_path / "state.bin", count)
         for field in dataclasses.fields(TrainState):
             if field.name != "loader":
                 assert getattr(found, field.name) == getattr(state, field.name)
         for field in dataclasses.fields(LoaderState):
-            if shuffle or field.name in ("shuffle", "shard_index", "next_sample"):
+            if field.name == "consumed":
+                assert found.loader.consumed.keys() == CONSUMED.keys()
+                for epoch, shards in CONSUMED.items():
+                    assert found.loader.consumed[epoch].keys() == shards.keys()
+                    assert all(np.array_equal(found.loader.consumed[epoch][i], shards[i]) for i in shards)
+            elif shuffle or field.name in ("shuffle", "shard_index", "next_sample"):
                 assert np.array_equal(getattr(found.loader, field.name), getattr(state.loader, field.name))
 
 
@@ -166,7 +205,9 @@ DAMAGES = {
         ]
     },
     "no kind": (lambda raw: changed(raw, 0, "<i", 5), "is not a training state: its magic number is 5"),
-    "version": (lambda raw: changed(raw, 4, "<i", 2), "training state of version 2, this program reads version 1"),
+    "version": (lambda raw: changed(raw, 4, "<i", 3), "training state of version 3, this program reads version 1 or 2"),
+    "stage of version 1": (lambda raw: changed(raw, 24, "<i", 1), "is damaged: version 1 at ZeRO stage 1"),
+    "stage of version 2": (lambda raw: changed(raw, 4, "<i", 2), "is damaged: version 2 at ZeRO stage 0"),
     "master flag": (lambda raw: changed(raw, 16, "<i", 2), "header slot 4 is 2, expected 0 or 1"),
     "shuffle flag": (lambda raw: changed(raw, 20, "<i", -1), "header slot 5 is -1, expected 0 or 1"),
     "other model": (lambda raw: changed(raw, 48, "<q", 8), "is of another model: it has the state of 8 parameters"),
@@ -192,6 +233,9 @@ DAMAGES = {
     "trailer magic": (lambda raw: changed(raw, TRAILER, "<i", 3), "bytes do not belong to it"),
     "trailer text": (lambda raw: changed(raw, TRAILER + 12, "<c", b"["), "its trailer cannot be read"),
     "trailer value": (lambda raw: raw.replace(b"0.1,", b"NaN,"), "its trailer cannot be read"),
+    "trailer batch": (lambda raw: raw.replace(b'"B": 6', b'"B": 0'), "its trailer cannot be read (0 is not a whole"),
+    "consumed backwards": (lambda raw: raw.replace(b"[0, 7]", b"[7, 0]"), "consumed tokens are not in order"),
+    "consumed no pair": (lambda raw: raw.replace(b"[0, 7]", b"[1234]"), "consumed tokens are not pairs"),
 }
 
 
@@ -239,13 +283,24 @@ def test_a_file_of_llm_c_for_another_model(tmp_path, count, shuffle):
         b"\xff\xfe\xfd",
         b"[" * 100_000,
         b'{"loss_window": [1]}',
+        b'{"loss_window": [1], "norm_window": [1], "B": 1.5}',
+        b'{"loss_window": [1], "norm_window": [1], "T": "4"}',
+        b'{"loss_window": [1], "norm_window": [1], "epoch": -1}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": []}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": [[1, 2]]}}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": {"x": [[1, 2]]}}}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": {"0": [[1, 2], [2, 3]]}}}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": {"0": [[1, 2], [3]]}}}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": {"0": [[-1, 2]]}}}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": {"0": [[1, 2e9]]}}}',
+        b'{"loss_window": [1], "norm_window": [1], "consumed": {"0": {"0": [[1, 99999999999999999999]]}}}',
         b'{"loss_window": [1], "norm_window": 1}',
         b'{"loss_window": [1], "norm_window": ["1"]}',
         b'{"loss_window": [1], "norm_window": [Infinity]}',
         b'{"loss_window": [1], "norm_window": [1' + b"0" * 400 + b"]}",  # no float is that large
         b'{"loss_window": [1], "norm_window": [1' + b"0" * 5000 + b"]}",  # Python reads no integer of that length
     ],
-    ids=lambda text: repr(text[:60]),
+    ids=lambda text: repr(text[-40:]),
 )
 def test_trailers_that_cannot_be_read(tmp_path, text):
     path = tmp_path / "state.bin"

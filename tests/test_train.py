@@ -66,7 +66,7 @@ def train(capsys, monkeypatch, directory):
     """Run llmc-train with BASE and further flags."""
     runs = []
     prepare = llmc.train.prepare
-    monkeypatch.setattr(llmc.train, "prepare", lambda config: runs.append(prepare(config)) or runs[-1])
+    monkeypatch.setattr(llmc.train, "prepare", lambda *arguments: runs.append(prepare(*arguments)) or runs[-1])
 
     def run(flags="", *more):
         capsys.readouterr()
@@ -385,8 +385,8 @@ def test_an_unusually_good_loss_is_no_reason_to_skip(train):
     assert "skipping" not in result.out
 
 
-def in_order(loader, pattern, B, T, **options):
-    return loader(pattern, B, T, **{**options, "shuffle": False})
+def in_order(loader, *arguments, **options):
+    return loader(*arguments, **{**options, "shuffle": False})
 
 
 def test_a_loss_that_is_no_number_ends_the_run(train, directory, capsys):
@@ -480,7 +480,7 @@ REFUSED = [  # flags, exit status, what the message must contain
     ("-lg 10", 2, "-lg 10 needs a GPU, this run is on the CPU: drop it"),
     ("-h 1", 2, "-h 1: this version has no HellaSwag evaluation; drop it"),
     ("-pn 2", 2, "-pn 2 has no effect with -pm mpi"),
-    ("-pn 2 -pm fs", 2, "-pn 2: this version trains in one process; use -pn 1"),
+    ("-pn 2 -pm tcp", 2, "-pm tcp needs the address of rank 0: give it with -ps"),
     ("--grad-dtype bf16", 2, "--grad-dtype bf16 needs --precision bf16"),
     ("--tokenizer no.bin", 1, "cannot read tokenizer no.bin"),
     ("--tokenizer data/t_val_0.bin", 1, "data/t_val_0.bin is not a tokenizer: it is a token shard"),

@@ -18,6 +18,7 @@ namespace llmc::bindings {
 namespace py = pybind11;
 
 void register_ops(py::module_& module);
+void register_communicators(py::module_& module);
 void register_model(py::module_& module);
 void register_random(py::module_& module);
 void register_build_info(py::module_& module);

@@ -93,20 +93,52 @@ void update(GPT2& model, float lr, float weight_decay, int64_t step, float beta1
   model.update(options);
 }
 
-py::dict optimizer_state(const Model& model, const std::string& name) {
+py::dict state(const Model& model, const std::string& name) {
   return by_name(model, [&](const ParameterTensor& tensor) {
-    const Tensor state = model->optimizer_state(name, tensor);
-    // Whole tensors in their own shape, parts of tensors flat.
-    return state && state.numel() == tensor.numel ? torch_view(model, state, tensor.shape)
-           : state                                ? torch_view(model, state)
-                                                  : torch_view(model, make_tensor(nullptr, DType::F32, 0));
+    const Tensor state = model->state(name, tensor);
+    return torch_view(model, state ? state : make_tensor(nullptr, model->buffer(name).dtype, 0));
   });
+}
+
+py::dict optimizer_state(const Model& model, const std::string& name) {
+  LLMC_CHECK(name == "m" || name == "v" || name == "master", "optimizer state is m, v or master, not %s", name.c_str());
+  return state(model, name);
+}
+
+py::dict gather_parameters(const Model& model, size_t unit) {
+  const std::vector<ParameterUnit>& units = model->layout().units;
+  LLMC_CHECK(unit < units.size(), "unit %zu: the model has %zu units", unit, units.size());
+  Tensor whole;
+  {
+    py::gil_scoped_release no_gil;
+    whole = model->gather_parameters(unit);
+  }
+  py::dict result;
+  for (const ParameterTensor& tensor : units[unit].tensors) {
+    const int64_t first = tensor.offset - units[unit].offset;
+    const Tensor part = slice_elements(whole, first, first + tensor.numel);
+    result[py::str(tensor.name)] = torch_view(model, part, tensor.shape);
+  }
+  return result;
 }
 
 py::dict memory(const GPT2& model) {
   py::dict result;
   for (int i = 0; i < kNumLifetimes; i++) result[name_of(Lifetime(i))] = model.plan().bytes[i];
   return result;
+}
+
+py::list parameter_units(const GPT2Config& config, int world_size) {
+  config.validate();
+  LLMC_CHECK(world_size >= 1, "world_size is %d, it must be at least 1", world_size);
+  py::list units;
+  for (const ParameterUnit& unit : ParameterLayout(config, world_size).units) {
+    py::list tensors;
+    for (const ParameterTensor& tensor : unit.tensors)
+      tensors.append(py::make_tuple(tensor.name, tensor.offset, tensor.numel));
+    units.append(py::make_tuple(unit.offset, unit.size, tensors));
+  }
+  return units;
 }
 
 py::list plan_rows(const GPT2Config& config, const Options& options, int world_size) {
@@ -181,17 +213,26 @@ void register_model(py::module_& module) {
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
       "The memory of one rank before anything is allocated: a list of (name, lifetime, dtype, shape, offset, bytes).");
 
+  module.def(
+      "parameter_units", &parameter_units, "config"_a, "world_size"_a = 1,
+      "Where parameters are: a list of units (offset, size, [(name, offset, numel), ...]) in elements from the start "
+      "of all of them. Rank r of P owns slice [r*size/P, (r+1)*size/P) of every unit where a ZeRO stage cuts them; in "
+      "buffers that hold slices only, that of a unit starts at offset/P.");
+
   py::class_<GPT2, Model>(module, "GPT2", py::module_local(),
                           "GPT-2 with its training step; see csrc/gpt2/model.h. Parameters are 0 until init_random() "
                           "or until they are written. On CUDA its work, and so its views, are ordered with torch's "
                           "default stream; on another stream synchronise first.")
-      .def(py::init([](const GPT2Config& config, const Options& options) {
+      .def(py::init([](const GPT2Config& config, const Options& options, std::shared_ptr<Communicator> comm) {
              py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
              const Device device = options.device;
              auto ops = device.cuda ? make_cuda_ops(device.index, options.tf32) : make_cpu_ops();
-             return std::make_shared<GPT2>(config, options, std::move(ops), std::make_unique<SingleProcess>());
+             if (!comm) comm = std::make_shared<SingleProcess>();
+             return std::make_shared<GPT2>(config, options, std::move(ops), std::move(comm));
            }),
-           "config"_a, "options"_a)
+           "config"_a, "options"_a, "comm"_a = py::none())
+      .def_property_readonly("rank", &GPT2::rank)
+      .def_property_readonly("world_size", &GPT2::world_size)
       .def_property_readonly("config", &GPT2::config)
       .def_property_readonly("options", &GPT2::options)
       .def("init_random", &GPT2::init_random, no_gil, "seed"_a = 42,
@@ -222,20 +263,22 @@ void register_model(py::module_& module) {
       .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)
       .def_property("last_update_rng_state", &GPT2::last_update_rng_state, &GPT2::set_last_update_rng_state)
       .def(
-          "parameters",
-          [](const Model& self) {
-            return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->parameter(t)); });
-          },
-          "Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb.")
+          "parameters", [](const Model& self) { return state(self, "parameters"); },
+          "Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb; at ZeRO stage 3 of the parts this rank owns, "
+          "flat.")
       .def(
-          "gradients",
-          [](const Model& self) {
-            return by_name(self, [&](const ParameterTensor& t) { return torch_view(self, self->gradient(t)); });
-          },
-          "Views of the gradients by name; they exist after the first backward.")
+          "gradients", [](const Model& self) { return state(self, "gradients"); },
+          "Views of the gradients by name; they exist after the first backward. From ZeRO stage 2 on of the parts this "
+          "rank "
+          "owns, flat; at stage 1 only those parts are averages over the ranks.")
+      .def("gather_parameters", &gather_parameters, "unit"_a,
+           "The whole parameters of one of parameter_units() by name, until the next call of the model; at ZeRO stage "
+           "3 all "
+           "ranks must call it.")
       .def("optimizer_state", &optimizer_state, "name"_a,
-           "Views of this rank's part of m, v or master by parameter name; they exist after start_optimizer() or the "
-           "first update.")
+           "Views of m, v or master by parameter name, from ZeRO stage 1 on of the parts this rank owns, flat; they "
+           "exist "
+           "after start_optimizer() or the first update.")
       .def(
           "buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")

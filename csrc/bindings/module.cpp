@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The compiled core of llmc: GPT2 with its training step, and every operation of it in `ops`.";
   py::register_local_exception<llmc::Error>(module, "Error", PyExc_RuntimeError);
   llmc::bindings::register_ops(module);
+  llmc::bindings::register_communicators(module);
   llmc::bindings::register_model(module);
   llmc::bindings::register_random(module);
   llmc::bindings::register_build_info(module);

@@ -39,6 +39,7 @@ class CudaOps final : public Ops {
   size_t allocated_bytes() const override { return allocated_bytes_; }
   int make_current() override;
   void restore_current(int device) override;
+  void* stream() override { return stream_; }
   void use_workspace(Tensor workspace) override { workspace_ = workspace; }
   void fill_zero(Tensor x) override;
   void upload(Tensor x, const void* host) override;

@@ -32,6 +32,12 @@ void GPT2Config::validate() const {
              "channels/num_heads is %" PRId64 ": head sizes must be multiples of 8 up to 128", head_size());
 }
 
+Options Options::on_ranks(int world_size) const {
+  Options options = *this;
+  if (world_size == 1) options.zero_stage = 0;
+  return options;
+}
+
 void Options::validate(const GPT2Config& config) const {
   LLMC_CHECK(batch_size >= 1, "batch_size is %" PRId64 ", it must be at least 1", batch_size);
   LLMC_CHECK(seq_len >= 1 && seq_len <= config.max_seq_len,

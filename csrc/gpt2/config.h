@@ -35,8 +35,13 @@ struct Options {
   int gelu_fusion = 0;            // 0 none, 1 forward, 2 forward and backward
   bool tf32 = true;               // on CUDA, fp32 products and attention may round their operands to TF32
   bool master_weights = true;     // keep an fp32 copy of bf16 parameters
-  int zero_stage = 0;  // sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters
+  // Sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. One rank has nothing to
+  // shard: there every stage runs as 0.
+  int zero_stage = 0;
   int64_t classifier_rows = 0;  // rows of the loss head's logits chunk; 0: the plan chooses
+
+  // The options of a model on so many ranks.
+  Options on_ranks(int world_size) const;
 
   bool has_master() const { return master_weights && precision != DType::F32; }
 

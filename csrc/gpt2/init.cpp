@@ -1,4 +1,5 @@
 // Descriptor initialisation.
+#include <algorithm>
 #include <cmath>
 
 #include "gpt2/model.h"
@@ -7,21 +8,29 @@ namespace llmc {
 
 void GPT2::init_random(uint32_t seed) {
   std::mt19937 generator(seed);
-  std::vector<float> fp32;
+  std::vector<float> fp32;  // a whole tensor
   std::vector<bf16> half;
-  const auto upload = [&](Tensor tensor) {
-    if (tensor.dtype == DType::F32) return ops_->upload(tensor, fp32.data());
-    half.resize(fp32.size());
-    for (size_t i = 0; i < fp32.size(); i++) store(&half[i], fp32[i]);
-    ops_->upload(tensor, half.data());
+  // Every rank draws everything, and keeps what it owns.
+  const auto upload = [&](const ParameterTensor& tensor) {
+    const Tensor own = state("parameters", tensor);
+    if (!own) return;
+    const int64_t first =
+        own.numel() == tensor.numel ? 0 : std::max(shard(tensor.unit).begin - tensor.offset, int64_t(0));
+    const float* values = fp32.data() + first;
+    if (own.dtype == DType::F32) return ops_->upload(own, values);
+    half.resize(own.numel());
+    for (size_t i = 0; i < half.size(); i++) store(&half[i], values[i]);
+    ops_->upload(own, half.data());
   };
-  const auto fill_constant = [&](Tensor tensor, float value) {
-    fp32.assign(tensor.numel(), value);
+  const auto fill_constant = [&](ParameterKind kind, int64_t layer, float value) {
+    const ParameterTensor& tensor = layout_.tensor(kind, layer);
+    fp32.assign(tensor.numel, value);
     upload(tensor);
   };
   // The first `drawn` values are random, the rest (padding rows of wte) zero.
-  const auto fill_normal = [&](Tensor tensor, int64_t drawn, float std) {
-    fp32.assign(tensor.numel(), 0);
+  const auto fill_normal = [&](ParameterKind kind, int64_t layer, int64_t drawn, float std) {
+    const ParameterTensor& tensor = layout_.tensor(kind, layer);
+    fp32.assign(tensor.numel, 0);
     normal_fill(generator, fp32.data(), drawn, 0, std);
     upload(tensor);
   };
@@ -30,20 +39,20 @@ void GPT2::init_random(uint32_t seed) {
 
   const OnDevice on_device(*ops_);
   reset_optimizer();
+  forget_gathered();
   logits_allowed_ = false;
   ops_->fill_zero(buffer("parameters"));
-  const Tensor wte = parameter(kWte), wpe = parameter(kWpe);
-  fill_normal(wte, config_.vocab_size * config_.channels, kStd);
-  fill_normal(wpe, wpe.numel(), kStd);
+  fill_normal(kWte, 0, config_.vocab_size * config_.channels, kStd);
+  fill_normal(kWpe, 0, config_.max_seq_len * config_.channels, kStd);
   for (int64_t l = 0; l < config_.num_layers; l++) {
-    fill_constant(parameter(kLn1w, l), 1);
-    fill_constant(parameter(kLn2w, l), 1);
+    fill_constant(kLn1w, l, 1);
+    fill_constant(kLn2w, l, 1);
     for (const ParameterKind kind : {kQkvw, kAttprojw, kFcw, kFcprojw}) {
-      const Tensor weight = parameter(kind, l);
-      fill_normal(weight, weight.numel(), kind == kAttprojw || kind == kFcprojw ? residual_std : kStd);
+      const bool residual = kind == kAttprojw || kind == kFcprojw;
+      fill_normal(kind, l, layout_.tensor(kind, l).numel, residual ? residual_std : kStd);
     }
   }
-  fill_constant(parameter(kLnfw), 1);
+  fill_constant(kLnfw, 0, 1);
 }
 
 }  // namespace llmc

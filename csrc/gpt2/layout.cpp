@@ -36,22 +36,25 @@ std::array<Kind, kNumParameterKinds> parameter_kinds(const GPT2Config& config) {
 
 ParameterLayout::ParameterLayout(const GPT2Config& config, int world_size) : size(0) {
   const auto kinds = parameter_kinds(config);
-  const auto add_unit = [&](int first, int last, int64_t layer, const std::string& prefix) {
-    ParameterUnit unit{size, 0, {}};
+  const auto add_unit = [&](const std::string& name, int first, int last, int64_t layer, const std::string& prefix) {
+    ParameterUnit unit{name, size, 0, {}};
     for (int k = first; k <= last; k++) {
       int64_t numel = 1;
       for (const int64_t extent : kinds[k].shape) numel *= extent;
-      unit.tensors.push_back({prefix + kinds[k].name, ParameterKind(k), layer, kinds[k].shape, unit.offset + unit.size,
-                              numel, kinds[k].shape.size() == 2});
+      unit.tensors.push_back({prefix + kinds[k].name, ParameterKind(k), layer, units.size(), kinds[k].shape,
+                              unit.offset + unit.size, numel, kinds[k].shape.size() == 2});
       unit.size += round_up(numel, kAlignment);
     }
     unit.size = round_up(unit.size, kAlignment * world_size);
     size += unit.size;
     units.push_back(std::move(unit));
   };
-  add_unit(kWte, kWpe, 0, "");
-  for (int64_t l = 0; l < config.num_layers; l++) add_unit(kLn1w, kFcprojb, l, "h" + std::to_string(l) + ".");
-  add_unit(kLnfw, kLnfb, 0, "");
+  add_unit("embeddings", kWte, kWpe, 0, "");
+  for (int64_t l = 0; l < config.num_layers; l++) {
+    const std::string number = std::to_string(l);
+    add_unit("block " + number, kLn1w, kFcprojb, l, "h" + number + ".");
+  }
+  add_unit("last layernorm", kLnfw, kLnfb, 0, "");
 }
 
 const ParameterTensor& ParameterLayout::tensor(ParameterKind kind, int64_t layer) const {

@@ -39,6 +39,7 @@ struct ParameterTensor {
   std::string name;  // "wte", "h0.qkvw", "lnfb"
   ParameterKind kind;
   int64_t layer;               // block index, 0 outside the blocks
+  size_t unit;                 // where it belongs
   std::vector<int64_t> shape;  // (rows, columns) or (length)
   int64_t offset;              // elements from the start of the whole layout
   int64_t numel;
@@ -46,8 +47,9 @@ struct ParameterTensor {
 };
 
 struct ParameterUnit {
-  int64_t offset;  // elements from the start of the whole layout
-  int64_t size;    // elements, padding included; a multiple of the number of ranks
+  std::string name;  // "embeddings", "block 3", "last layernorm"
+  int64_t offset;    // elements from the start of the whole layout
+  int64_t size;      // elements, padding included; a multiple of the number of ranks
   std::vector<ParameterTensor> tensors;
 };
 

@@ -9,19 +9,26 @@
 namespace llmc {
 
 GPT2::GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops> ops,
-           std::unique_ptr<Communicator> comm)
+           std::shared_ptr<Communicator> comm)
     : config_(config),
-      options_(options),
+      options_(options.on_ranks(comm->size())),
       ops_(std::move(ops)),
       comm_(std::move(comm)),
       plan_(llmc::plan(config, options, comm_->size())),
       layout_(config, comm_->size()) {
-  LLMC_CHECK(options.zero_stage <= 1, "ZeRO stage %d is planned (plan()) but cannot run yet: use 0 or 1",
-             options.zero_stage);
   const OnDevice on_device(*ops_);
+  comm_->attach(ops_->stream());
   allocate(Lifetime::Parameters);
   allocate(Lifetime::Activations);
   if (options.device.cuda) ops_->use_workspace(buffer("workspace"));
+}
+
+GPT2::~GPT2() {
+  try {
+    finish_collectives();  // they use our memory
+  } catch (const Error&) {
+    // They have failed, and the call that waited for them has said so.
+  }
 }
 
 void GPT2::allocate(Lifetime lifetime) {
@@ -40,19 +47,6 @@ Tensor GPT2::buffer(const std::string& name) {
   for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = found.shape[i];
   return tensor;
 }
-
-namespace {
-
-Tensor view(Tensor whole, const ParameterTensor& tensor) {
-  char* data = static_cast<char*>(whole.data) + tensor.offset * size_of(whole.dtype);
-  return tensor.shape.size() == 2 ? make_tensor(data, whole.dtype, tensor.shape[0], tensor.shape[1])
-                                  : make_tensor(data, whole.dtype, tensor.shape[0]);
-}
-
-}  // namespace
-
-Tensor GPT2::parameter(const ParameterTensor& tensor) { return view(buffer("parameters"), tensor); }
-Tensor GPT2::gradient(const ParameterTensor& tensor) { return view(buffer("gradients"), tensor); }
 
 Tensor GPT2::rows(const std::string& name) {
   const Tensor whole = buffer(name);
@@ -86,15 +80,24 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
   check_ids("tokens", tokens, b, t);
   const OnDevice on_device(*ops_);
   const Range range(*ops_, "forward");
+  // The host is never more than two micro-steps ahead, so that it waits for a missing rank here and nowhere without a
+  // time-out.
+  comm_->finish(before_last_forward_);
+  before_last_forward_ = last_ticket_;
+  forget_gathered();
   batch_ = b;
   seq_ = t;
   host_tokens_.assign(tokens, tokens + b * t);
   ops_->upload(rows("tokens"), tokens);
 
+  gather(0);
+  gather(1);
   const Tensor encoded = rows("encoded");
   const Tensor ids = rows("tokens");
+  use(0);
   ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, b, t), parameter(kWte), parameter(kWpe));
   const bool keep_layernorms = options_.recompute < 2;
+  use(1);
   ops_->layernorm_forward(keep_layernorms ? block_rows(0, "ln1") : rows("lnf"), block_rows(0, "ln1_mean"),
                           block_rows(0, "ln1_rstd"), encoded, parameter(kLn1w, 0), parameter(kLn1b, 0));
   for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
@@ -104,6 +107,8 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
 // From ln1 of this block to the layernorm behind it: ln1 of the next block, or lnf.
 void GPT2::forward_block(int64_t l) {
   const Range range(*ops_, "block");
+  const size_t next = l + 2;  // the unit of the next block, or the last one
+  gather(next);
   const bool keep_layernorms = options_.recompute < 2;
   const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
   const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");
@@ -127,6 +132,7 @@ void GPT2::forward_block(int64_t l) {
   ops_->matmul_forward(projected, fch_gelu, parameter(kFcprojw, l), parameter(kFcprojb, l));
 
   const Tensor residual3 = block_rows(l, "residual3");
+  use(next);
   if (l + 1 < config_.num_layers) {
     ops_->residual_layernorm_forward(residual3, keep_layernorms ? block_rows(l + 1, "ln1") : rows("lnf"),
                                      block_rows(l + 1, "ln1_mean"), block_rows(l + 1, "ln1_rstd"), residual2, projected,
@@ -175,6 +181,7 @@ void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, in
   const Tensor device_losses = rows("eval_losses");
   ops_->fill_zero(device_losses);
   loss_head(device_losses, 0, false);
+  finish_collectives();
   ops_->download(losses, device_losses);
 }
 
@@ -197,6 +204,7 @@ void GPT2::logits(int64_t begin, int64_t end, float* out) {
     const Tensor logits = slice_rows(chunk, 0, n);
     ops_->matmul_forward(logits, slice_rows(lnf, first, first + n), parameter(kWte), Tensor{});
     host.resize(logits.bytes());
+    finish_collectives();
     ops_->download(host.data(), logits);
     for (int64_t row = 0; row < n; row++) {
       for (int64_t v = 0; v < V; v++) {
@@ -236,6 +244,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   if (options_.recompute >= 2) logits_allowed_ = false;  // lnf will hold recomputed layernorms
   const Tensor losses = rows("losses");
   if (micro_step == 0) {
+    for (WorkingUnit& there : reduced_) collect_gradients(there);  // of a step that was given up
     ops_->fill_zero(buffer("gradients"));
     ops_->fill_zero(losses);
     accumulation_steps_ = accumulation_steps;
@@ -245,14 +254,21 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   const Tensor dresidual = rows("dresidual"), scratch = rows("scratch_btc");
   const int64_t L = config_.num_layers;
   const bool last = micro_step == accumulation_steps - 1;
+  const size_t last_unit = layout_.units.size() - 1;
+  open_gradients(0);  // (the parameters of the first and the last unit are still there)
+  open_gradients(last_unit);
   loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
   ops_->fill_zero(dresidual);
   ops_->layernorm_backward(dresidual, gradient(kLnfw), gradient(kLnfb), scratch, block_rows(L - 1, "residual3"),
                            parameter(kLnfw), rows("lnf_mean"), rows("lnf_rstd"));
-  if (last) reduce_unit(layout_.units.back());
+  reduce_gradients(last_unit, last);
   for (int64_t l = L - 1; l >= 0; l--) {
+    const size_t unit = 1 + l;
+    use(unit);
+    if (l > 0) gather(unit - 1);
+    open_gradients(unit);
     backward_block(l);
-    if (last) reduce_unit(layout_.units[1 + l]);
+    reduce_gradients(unit, last);
   }
   token_order_.resize(N);
   sort_by_token(token_order_.data(), host_tokens_.data(), N);
@@ -262,12 +278,13 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   const uint32_t seed = rng_.next() + uint32_t(comm_->rank()) * 0x9E3779B9u;
   ops_->embedding_backward(gradient(kWte), gradient(kWpe), shaped(dresidual),
                            make_tensor(ids.data, ids.dtype, batch_, seq_), order, seed);
+  reduce_gradients(0, last);
   if (last) {
-    reduce_unit(layout_.units.front());
     const Tensor loss_sum = buffer("loss_sum");
     ops_->sum(loss_sum, losses);
-    comm_->all_reduce_average(loss_sum);
-    comm_->wait();
+    last_ticket_ = comm_->all_reduce_average(loss_sum, "loss");
+    for (WorkingUnit& there : reduced_) collect_gradients(there);
+    wait_for_ranks();
   }
   micro_steps_done_ = micro_step + 1;
   gradients_complete_ = last;

@@ -2,6 +2,10 @@
 //
 // Mathematics: pre-layernorm GPT-2 (Radford et al. 2019) without dropout, lm-head tied to wte, AdamW, clip at a global norm.
 // One step is: forward, backward for each micro-batch; then update. Nothing here knows which device it runs on.
+//
+// With several ranks, each works on its own micro-batches, and gradients, losses and norms are those of all of them. All
+// ranks make the same calls in the same order; which of them wait for the other ranks is said below. Model, optimizer state
+// and gradients are the same on all ranks or, by the ZeRO stage (Rajbhandari et al. 2020), cut into shards.
 #pragma once
 
 #include <array>
@@ -33,7 +37,8 @@ struct UpdateOptions {
 
 class GPT2 {
  public:
-  GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops> ops, std::unique_ptr<Communicator> comm);
+  GPT2(const GPT2Config& config, const Options& options, std::unique_ptr<Ops> ops, std::shared_ptr<Communicator> comm);
+  ~GPT2();
   GPT2(const GPT2&) = delete;
   GPT2& operator=(const GPT2&) = delete;
 
@@ -41,6 +46,8 @@ class GPT2 {
   const Options& options() const { return options_; }
   const Plan& plan() const { return plan_; }
   const ParameterLayout& layout() const { return layout_; }
+  int rank() const { return comm_->rank(); }
+  int world_size() const { return comm_->size(); }
 
   // Bytes of the device's memory that the model holds now: the plan's, of the lifetimes that were needed so far.
   size_t allocated_bytes() const { return ops_->allocated_bytes(); }
@@ -55,6 +62,7 @@ class GPT2 {
   void reset_optimizer() { memory_[int(Lifetime::Optimizer)].reset(); }
 
   // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
+  // At stage 3 all ranks take part: here, and so in evaluate.
   void forward(const int32_t* tokens, int64_t b, int64_t t);
 
   // Loss and gradients of the last forward against targets (b,t), which must be that forward's shape. The first of the
@@ -75,7 +83,7 @@ class GPT2 {
   // Allocates the optimizer state if it is not there: m = v = 0, master = the parameters. The first update does it too.
   void start_optimizer();
 
-  // One optimizer step with the gradients of the last backward.
+  // One optimizer step with the gradients of the last backward, by all ranks.
   void update(const UpdateOptions& options);
 
   // Parameters = master weights, rounded as the last update rounded them, so that a checkpoint need not keep both. Throws
@@ -95,28 +103,41 @@ class GPT2 {
   uint64_t last_update_rng_state() const { return last_update_rng_.state; }
   void set_last_update_rng_state(uint64_t state) { last_update_rng_.state = state; }
 
-  // Views for looking inside; they stay valid as long as the model. Optimizer views are this rank's shard.
-  Tensor parameter(const ParameterTensor& tensor);
-  Tensor gradient(const ParameterTensor& tensor);
-  // name: "m", "v" or "master". The part of the tensor this rank owns, flat; absent if it owns none of it.
-  Tensor optimizer_state(const std::string& name, const ParameterTensor& tensor);
+  // Views for looking inside; they stay valid as long as the model. name: "parameters", "gradients", "m", "v" or
+  // "master". The whole tensor in its shape, or, where the stage cuts that buffer, the part this rank owns, flat; absent
+  // if it owns none of it.
+  Tensor state(const std::string& name, const ParameterTensor& tensor);
   // Any buffer of the plan by name, at full size (B,T).
   Tensor buffer(const std::string& name);
 
+  // The whole parameters of a unit, as ParameterLayout has them: until the next call of the model. At stage 3 all ranks
+  // take part.
+  Tensor gather_parameters(size_t unit);
+
  private:
-  struct Shard {    // this rank's slice of a unit
+  struct Shard {    // this rank's slice of a unit, at stage 0 all of it
     int64_t begin;  // elements from the start of the whole layout
     int64_t end;
-    int64_t offset;  // elements from the start of the optimizer buffers
+    int64_t offset;  // elements from the start of a buffer that holds this rank's slices only
   };
+
+  // Working memory for a unit of which the rank keeps a shard only: the first and the last unit have their own, the blocks
+  // take turns in two.
+  struct WorkingUnit {
+    static constexpr size_t kNone = ~size_t(0);
+    size_t unit = kNone;  // what is there, or under way
+    Ticket ticket = 0;    // of the collective that brings it, or that takes it away
+  };
+  using WorkingUnits = std::array<WorkingUnit, 4>;
 
   // Of the stochastic rounding: one per kind of tensor, the same on every rank, so that a parameter is rounded alike
   // wherever it is updated.
   using Seeds = std::array<uint32_t, kNumParameterKinds>;
   static Seeds draw_seeds(XorShift64& rng);
 
-  Tensor parameter(ParameterKind kind, int64_t layer = 0) { return parameter(layout_.tensor(kind, layer)); }
-  Tensor gradient(ParameterKind kind, int64_t layer = 0) { return gradient(layout_.tensor(kind, layer)); }
+  // What the step computes with: a whole tensor, of a unit that is in use.
+  Tensor parameter(ParameterKind kind, int64_t layer = 0);
+  Tensor gradient(ParameterKind kind, int64_t layer = 0);
   // The rows of an activation that the current batch uses, as (b·t, last).
   Tensor rows(const std::string& name);
   Tensor block_rows(int64_t layer, const char* name);
@@ -129,17 +150,31 @@ class GPT2 {
   void backward_block(int64_t layer);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);
-  void reduce_unit(const ParameterUnit& unit);
   void compute_grad_norm(float grad_clip);
-  void gather_unit(const ParameterUnit& unit);
+  // The parts of the unit's tensors that this rank updates, matrices with the weight decay.
+  std::vector<AdamWSlice> slices(size_t unit, const Seeds& seeds, float weight_decay, bool with_gradients);
+
+  // --- sharding.cpp ---
+  bool sharded(const std::string& name) const;  // whether the buffer holds this rank's slices only
   Shard shard(size_t unit) const;
-  // The parts of the unit's tensors that this rank updates, matrices with the weight decay; gradients may be absent.
-  std::vector<AdamWSlice> slices(size_t unit, const Seeds& seeds, float weight_decay, Tensor gradients);
+  Tensor own(const std::string& name, size_t unit);  // this rank's slice
+  // All of a unit's parameters or gradients: in the buffer itself, or in its working memory.
+  Tensor whole(Lifetime lifetime, size_t unit);
+  size_t place(size_t unit) const;   // in WorkingUnits
+  void gather(size_t unit);          // begins to bring the parameters, unless they are there or under way
+  void use(size_t unit);             // and what follows may compute with them
+  void forget_gathered();            // the parameters have changed
+  void open_gradients(size_t unit);  // makes the place for a unit's gradients, zeroed
+  void reduce_gradients(size_t unit, bool last_micro_step);  // begins to bring the sums over the ranks
+  void collect_gradients(WorkingUnit& place);                // what was reduced is added to this rank's shard
+  void share_update(size_t unit);                            // begins to bring the other ranks' updated slices
+  void wait_for_ranks() { comm_->wait(last_ticket_); }
+  void finish_collectives() { comm_->finish(last_ticket_); }  // on the host, before it waits for the device
 
   const GPT2Config config_;
   const Options options_;
   std::unique_ptr<Ops> ops_;
-  std::unique_ptr<Communicator> comm_;
+  std::shared_ptr<Communicator> comm_;
   const Plan plan_;  // checks config and options
   const ParameterLayout layout_;
 
@@ -148,6 +183,10 @@ class GPT2 {
     void operator()(void* memory) const { ops->free(memory); }
   };
   std::array<std::unique_ptr<void, FreeMemory>, kNumLifetimes> memory_;
+
+  WorkingUnits gathered_, reduced_;  // parameters at stage 3, gradients from stage 2 on
+  Ticket last_ticket_ = 0;
+  Ticket before_last_forward_ = 0;  // the last ticket then
 
   XorShift64 rng_{13371337};
   XorShift64 last_update_rng_ = rng_;

@@ -1,4 +1,4 @@
-// The second half of the step: reduce gradients over the ranks, clip, update the rank's shard unit by unit.
+// The second half of the step: clip, and update the rank's shard unit by unit.
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -8,36 +8,17 @@
 
 namespace llmc {
 
-GPT2::Shard GPT2::shard(size_t unit) const {
-  const ParameterUnit& u = layout_.units[unit];
-  if (options_.zero_stage == 0) return {u.offset, u.offset + u.size, u.offset};
-  const int64_t size = u.size / comm_->size(), begin = u.offset + comm_->rank() * size;
-  return {begin, begin + size, u.offset / comm_->size()};
-}
-
-void GPT2::reduce_unit(const ParameterUnit& unit) {
-  const Tensor gradients = slice_elements(buffer("gradients"), unit.offset, unit.offset + unit.size);
-  if (options_.zero_stage == 0) {
-    comm_->all_reduce_average(gradients);
-  } else {
-    comm_->reduce_scatter_average(gradients);
-  }
-}
-
 void GPT2::compute_grad_norm(float grad_clip) {
   LLMC_CHECK(gradients_complete_, "the gradient norm needs the last micro-step's backward first");
   const Tensor sum = buffer("grad_sum_of_squares");
   if (!sum_of_squares_ready_) {
     std::vector<Tensor> shards;
-    for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-      const Shard own = shard(unit);
-      shards.push_back(slice_elements(buffer("gradients"), own.begin, own.end));
-    }
+    for (size_t unit = 0; unit < layout_.units.size(); unit++) shards.push_back(own("gradients", unit));
     ops_->fill_zero(sum);
     ops_->sum_of_squares(sum, shards.data(), int64_t(shards.size()));
     if (options_.zero_stage >= 1) {
-      comm_->all_reduce_sum(sum);
-      comm_->wait();
+      last_ticket_ = comm_->all_reduce_sum(sum, "sum of squares of the gradients");
+      wait_for_ranks();
     }
     sum_of_squares_ready_ = true;
   }
@@ -61,9 +42,7 @@ void GPT2::start_optimizer() {
   const OnDevice on_device(*ops_);
   allocate(Lifetime::Optimizer);  // zeroed, as m and v start
   for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
-    const Shard own = shard(unit);
-    ops_->cast(slice_elements(buffer("master"), own.offset, own.offset + own.end - own.begin),
-               slice_elements(buffer("parameters"), own.begin, own.end));
+    ops_->cast(own("master", unit), own("parameters", unit));
   }
 }
 
@@ -73,19 +52,21 @@ GPT2::Seeds GPT2::draw_seeds(XorShift64& rng) {
   return seeds;
 }
 
-std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weight_decay, Tensor gradients) {
+std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weight_decay, bool with_gradients) {
   std::vector<AdamWSlice> slices;
-  const Shard own = shard(unit);
+  const Shard part = shard(unit);
   for (const ParameterTensor& tensor : layout_.units[unit].tensors) {
-    const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
+    const int64_t begin = std::max(part.begin, tensor.offset), end = std::min(part.end, tensor.offset + tensor.numel);
     if (begin >= end) continue;
-    const int64_t first = own.offset + begin - own.begin, last = first + end - begin;
+    const auto elements = [&](const char* name) {
+      return slice_elements(own(name, unit), begin - part.begin, end - part.begin);
+    };
     AdamWSlice slice;
-    slice.param = slice_elements(buffer("parameters"), begin, end);
-    if (gradients) slice.grad = slice_elements(gradients, begin, end);
-    slice.m = slice_elements(buffer("m"), first, last);
-    slice.v = slice_elements(buffer("v"), first, last);
-    if (options_.has_master()) slice.master = slice_elements(buffer("master"), first, last);
+    slice.param = elements("parameters");
+    if (with_gradients) slice.grad = elements("gradients");
+    slice.m = elements("m");
+    slice.v = elements("v");
+    if (options_.has_master()) slice.master = elements("master");
     slice.weight_decay = tensor.weight_decay ? weight_decay : 0;
     slice.seed = seeds[tensor.kind];
     slice.layer = tensor.layer;
@@ -93,11 +74,6 @@ std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weig
     slices.push_back(slice);
   }
   return slices;
-}
-
-void GPT2::gather_unit(const ParameterUnit& unit) {
-  if (options_.zero_stage == 0) return;  // every rank updated all of it
-  comm_->all_gather(slice_elements(buffer("parameters"), unit.offset, unit.offset + unit.size));
 }
 
 void GPT2::update(const UpdateOptions& options) {
@@ -111,13 +87,13 @@ void GPT2::update(const UpdateOptions& options) {
   const auto seeds = draw_seeds(rng_);
   const AdamWStep step{options.learning_rate, options.beta1, options.beta2,
                        options.eps,           options.step,  buffer("grad_scale")};
-  const Tensor gradients = buffer("gradients");
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const std::vector<AdamWSlice> own = slices(unit, seeds, options.weight_decay, gradients);
+    const std::vector<AdamWSlice> own = slices(unit, seeds, options.weight_decay, true);
     ops_->adamw(own.data(), int64_t(own.size()), step);
-    gather_unit(layout_.units[unit]);
+    share_update(unit);
   }
-  comm_->wait();
+  forget_gathered();
+  wait_for_ranks();
 }
 
 void GPT2::restore_parameters() {
@@ -128,30 +104,19 @@ void GPT2::restore_parameters() {
   XorShift64 rng = last_update_rng_;
   const auto seeds = draw_seeds(rng);
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const std::vector<AdamWSlice> own = slices(unit, seeds, 0, Tensor{});
+    const std::vector<AdamWSlice> own = slices(unit, seeds, 0, false);
     ops_->round_parameters(own.data(), int64_t(own.size()));
-    gather_unit(layout_.units[unit]);
+    share_update(unit);
   }
-  comm_->wait();
-}
-
-Tensor GPT2::optimizer_state(const std::string& name, const ParameterTensor& tensor) {
-  LLMC_CHECK(name == "m" || name == "v" || name == "master", "optimizer state is m, v or master, not %s", name.c_str());
-  LLMC_CHECK(name != "master" || options_.has_master(),
-             "this model has no master weights: its parameters are fp32 or "
-             "master_weights is off");
-  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const Shard own = shard(unit);
-    const int64_t begin = std::max(own.begin, tensor.offset), end = std::min(own.end, tensor.offset + tensor.numel);
-    if (begin < end) return slice_elements(buffer(name), own.offset + begin - own.begin, own.offset + end - own.begin);
-  }
-  return Tensor{};
+  forget_gathered();
+  wait_for_ranks();
 }
 
 float GPT2::loss() {
   LLMC_CHECK(gradients_complete_, "the loss of a step needs the last micro-step's backward first");
   float sum;
   const OnDevice on_device(*ops_);
+  finish_collectives();
   ops_->download(&sum, buffer("loss_sum"));
   return sum / (float(loss_rows_) * float(accumulation_steps_));
 }
@@ -160,6 +125,7 @@ float GPT2::grad_norm() {
   const OnDevice on_device(*ops_);
   if (!sum_of_squares_ready_) compute_grad_norm(1);
   float norm;
+  finish_collectives();
   ops_->download(&norm, buffer("grad_norm"));
   return norm;
 }

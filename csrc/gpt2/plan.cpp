@@ -92,7 +92,7 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
 
   const ParameterLayout layout(config, world_size);
   const int64_t size = layout.size, shard = size / world_size;
-  const int stage = options.zero_stage;
+  const int stage = options.on_ranks(world_size).zero_stage;
 
   builder.add(Lifetime::Parameters, "parameters", X, {stage >= 3 ? shard : size});
   if (stage >= 3) add_working_units(builder, Lifetime::Parameters, X, layout);

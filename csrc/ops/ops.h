@@ -57,9 +57,11 @@ class Ops {
   // Bytes that allocate has given out and free has not taken back, without headers and the rounding to pages.
   virtual size_t allocated_bytes() const = 0;
   // Makes the device current for the calling thread, and returns the number of the one that was. Class OnDevice (below)
-  // pairs them. The CPU has nothing to do, here and in the next four (ops.cpp).
+  // pairs them. The CPU has nothing to do, here and in the next five (ops.cpp).
   virtual int make_current();
   virtual void restore_current(int device);
+  // The queue of the operations, a cudaStream_t; null where they are done when they return.
+  virtual void* stream();
   // Scratch memory of the operations to come (ops/workspace.h says how much), for devices that need it: without it they
   // allocate their own.
   virtual void use_workspace(Tensor workspace);

@@ -5,10 +5,10 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
-from llmc.errors import RunError, UsageError
+from llmc.errors import UsageError
+from llmc.failure import describe
 
 
 def run(program: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
@@ -20,41 +20,21 @@ def run(program: str, main: Callable[[list[str]], None], argv: list[str] | None 
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except UsageError as error:
-        fail(program, error, 2)
-    except (RunError, OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader (head, less) has gone: nothing left to tell it
+    except SystemExit:
+        raise
+    except BaseException as error:
+        failure = describe(error)
+        if failure is None:
+            raise
+        if isinstance(error, BrokenPipeError):  # what is still to be flushed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        fail(program, error, 1)
-    except RuntimeError as error:
-        if not is_core_error(error):
-            raise
-        fail(program, error, 1)
-    except ImportError as error:
-        if not is_import_of_core(error):
-            raise
-        reason = " ".join(str(error).split())
-        rebuild = "rebuild it with pip install --no-build-isolation -e ."
-        fail(program, f"the compiled core cannot be imported: {reason}; {rebuild}", 1)
-    except KeyboardInterrupt:
-        fail(program, "interrupted", 130)
+        fail(program, *failure)
 
 
-def is_core_error(error: RuntimeError) -> bool:
-    """True for an exception thrown by the compiled core (`llmc._C.Error`)."""
-    core = sys.modules.get("llmc._C")
-    return core is not None and isinstance(error, core.Error)
-
-
-def is_import_of_core(error: ImportError) -> bool:
-    """True if `from llmc import _C` found no such file, or one that does not load (it fits one torch only)."""
-    return error.name == "llmc._C" or Path(error.path or "").match("llmc/_C.*")
-
-
-def fail(program: str, message: object, status: int) -> None:
+def fail(program: str, status: int, line: str) -> NoReturn:
     sys.stdout.flush()
-    print(f"{program}: error: {str(message) or type(message).__name__}", file=sys.stderr)
+    if line:
+        print(f"{program}: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -16,6 +16,8 @@ def _main(argv: list[str]) -> None:
 
         dry_run(command.config, command.memory_gib)
     else:
+        from llmc.launch import launch
         from llmc.train import train
 
-        train(command.config)
+        with launch(command.config) as ranks:
+            train(command.config, ranks)

@@ -3,13 +3,18 @@
 A sample is a block of world_size*B*T consecutive tokens (plus one to look ahead) of one shard; rank r owns the r-th
 B*T of it. Unshuffled, samples are read shard after shard. Shuffled, every epoch permutes the shards, and every opened
 shard permutes its samples; each rank draws from its own generator, seeded `seed + rank`.
+
+A shuffled run that goes on with another number of ranks, or another B or T, draws an order of its own and leaves out
+the batches whose first token the run before it has consumed in this epoch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from llmc.data.consumed import NOTHING, Consumed, consumed_by, contains
 from llmc.data.shards import find_shards, read_shard
 from llmc.errors import RunError
 
@@ -25,6 +30,10 @@ class LoaderState:
     sample_order: np.ndarray  # (samples of the open shard,) int32
     generator: np.ndarray  # (624,) uint32, state of the Mersenne Twister
     position: int  # of the next number in that state, 624: a new state is due
+    B: int | None = None  # None, like T: not known, in llm.c's files
+    T: int | None = None
+    epoch: int = 0  # how many came before; -a 1 begins one at every step
+    consumed: Consumed = field(default_factory=dict)  # in this epoch and later ones, before this run began
 
 
 class DataLoader:
@@ -52,26 +61,33 @@ class DataLoader:
         self.vocab_size = vocab_size
         self.paths = find_shards(pattern)
         self.num_shards = len(self.paths)
-        self.num_tokens = sum(self._check_size(shard) for shard in range(self.num_shards))
+        self.shard_tokens = [self._check_size(shard) for shard in range(self.num_shards)]
+        self.num_tokens = sum(self.shard_tokens)
         self.generator = torch_mt19937(seed + rank)
         self.shard_order = np.arange(self.num_shards)
+        self.epoch = -1
+        self.consumed: Consumed = {}
         self.reset()
 
     def reset(self) -> None:
         """Start an epoch: at sample 0 of shard 0, or, shuffled, with the shards permuted once more."""
         if self.shuffle:
             self.shard_order = self.shard_order[permutation(self.generator, self.num_shards)]
+        self.epoch += 1
+        self.consumed = {epoch: shards for epoch, shards in self.consumed.items() if epoch >= self.epoch}
         self._open(0)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, int32 (B, T); the targets are the inputs one token further on."""
-        if self.next_sample == self.num_samples:
-            if self.shard_index + 1 == self.num_shards:
-                self.reset()
-            else:
+        while self.next_sample == self.num_samples or self.left_out[self.next_sample]:
+            if self.next_sample < self.num_samples:
+                self.next_sample += 1
+            elif self.shard_index + 1 < self.num_shards:
                 self._open(self.shard_index + 1)
+            else:
+                self.reset()
         n = self.B * self.T
-        start = (int(self.sample_order[self.next_sample]) * self.world_size + self.rank) * n
+        start = int(self.starts[self.next_sample])
         tokens = self.tokens[start : start + n + 1].astype(np.int32)
         self._check_vocabulary(tokens, start)
         self.next_sample += 1
@@ -90,10 +106,52 @@ class DataLoader:
             sample_order=self.sample_order[:end].astype(np.int32),
             generator=twister["key"].copy(),
             position=twister["pos"],
+            B=self.B,
+            T=self.T,
+            epoch=self.epoch,
+            consumed=self.consumed,
         )
 
+    def load_states(self, states: Sequence[LoaderState], sources: Sequence[str]) -> None:
+        """Go on where the loaders of `states`, one for each rank of an earlier run, stood together.
+
+        To the bit if this run has as many ranks and the same B and T; otherwise a loader must be new. RunError, naming
+        one of `sources`, if they read other data.
+        """
+        B, T = states[0].B or self.B, states[0].T or self.T
+        if (len(states), B, T) == (self.world_size, self.B, self.T):
+            self.load_state(states[self.rank], sources[self.rank])
+            return
+        n = B * T
+        samples = [(tokens - 1) // (len(states) * n) for tokens in self.shard_tokens]
+        for state, source in zip(states, sources, strict=True):
+            if (state.B, state.T) != (states[0].B, states[0].T):
+                raise RunError(
+                    f"{source} is of a run with -b {state.B} -t {state.T}, "
+                    f"{sources[0]} with -b {states[0].B} -t {states[0].T}: put the right file back"
+                )
+            self._check_position(state, source, samples)
+        if self.shuffle:
+            self.epoch = min(state.epoch for state in states)
+            self.consumed = consumed_by(states, n, samples)
+            self._open(0, self.sample_order)
+
     def load_state(self, state: LoaderState, source: str) -> None:
-        """Go on where the loader of `state` stood. RunError, naming `source`, if it read other data or batches."""
+        """Go on where the loader of `state`, of the same rank, number of ranks, B and T, stood."""
+        samples = [self._samples(shard) for shard in range(self.num_shards)]
+        self._check_position(state, source, samples)
+        self.epoch, self.consumed = state.epoch, state.consumed
+        if self.shuffle:
+            self.shard_order = state.shard_order.astype(np.int64)
+            self.generator.state = {
+                "bit_generator": "MT19937",
+                "state": {"key": state.generator, "pos": state.position},
+            }
+        self._open(state.shard_index, state.sample_order.astype(np.int64) if self.shuffle else None)
+        self.next_sample = state.next_sample
+
+    def _check_position(self, state: LoaderState, source: str, samples: Sequence[int]) -> None:
+        """RunError if a loader of this data, with so many samples in each shard, cannot stand there."""
         if state.shuffle != self.shuffle:
             raise RunError(f"{source} is of a run with -a {int(not state.shuffle)}: resume it with that")
         if state.shuffle and sorted(state.shard_order) != list(range(self.num_shards)):
@@ -101,38 +159,40 @@ class DataLoader:
                 f"{source} is of a run over {len(state.shard_order)} shards, now there are {self.num_shards}: "
                 "resume it with the same data -i"
             )
-        if not 0 <= state.shard_index < self.num_shards:
-            raise RunError(
-                f"{source} is of a run over other data: it stands in shard {state.shard_index} of {self.num_shards}"
-            )
-        if state.shuffle:
-            self.shard_order = state.shard_order.astype(np.int64)
-        self._open(state.shard_index)  # the permutation it draws is replaced below
-        path, capacity = self.path, self.num_samples
+        shards = [shard for consumed in state.consumed.values() for shard in consumed]
+        for shard in (state.shard_index, *shards):
+            if not 0 <= shard < self.num_shards:
+                raise RunError(f"{source} is of a run over other data: it stands in shard {shard} of {self.num_shards}")
+        shard = int(state.shard_order[state.shard_index]) if state.shuffle else state.shard_index
+        path, capacity = self.paths[shard], samples[shard]
         if state.shuffle and sorted(state.sample_order) != list(range(capacity)):
+            batch = ", -b and -t" if state.B is None else ""
             raise RunError(
                 f"{source} is of a run that read {len(state.sample_order)} batches from {path}, now it has {capacity}: "
-                "resume it with the same data -i, -b and -t"
+                f"resume it with the same data -i{batch}"
             )
         if not 0 <= state.next_sample <= capacity:
             raise RunError(f"{source} stands at batch {state.next_sample} of {path}, which has {capacity}")
-        if state.shuffle:
-            self.sample_order = state.sample_order.astype(np.int64)
-            self.generator.state = {
-                "bit_generator": "MT19937",
-                "state": {"key": state.generator, "pos": state.position},
-            }
-        self.next_sample = state.next_sample
 
-    def _open(self, shard_index: int) -> None:
+    def _open(self, shard_index: int, sample_order: np.ndarray | None = None) -> None:
+        """At the first sample of a shard, in the given order or one that is drawn."""
         self.shard_index = shard_index
-        self.path = self.paths[self.shard_order[shard_index]]
+        shard = int(self.shard_order[shard_index])
+        self.path = self.paths[shard]
         self.tokens = read_shard(self.path)
-        self.num_samples = (len(self.tokens) - 1) // (self.world_size * self.B * self.T)
-        self.sample_order = (
-            permutation(self.generator, self.num_samples) if self.shuffle else np.arange(self.num_samples)
-        )
+        self.num_samples = self._samples(shard)
+        if sample_order is not None:
+            self.sample_order = sample_order
+        elif self.shuffle:
+            self.sample_order = permutation(self.generator, self.num_samples)
+        else:
+            self.sample_order = np.arange(self.num_samples)
+        self.starts = (self.sample_order * self.world_size + self.rank) * (self.B * self.T)  # in tokens
+        self.left_out = contains(self.consumed.get(self.epoch, {}).get(shard, NOTHING), self.starts)
         self.next_sample = 0
+
+    def _samples(self, shard: int) -> int:
+        return (self.shard_tokens[shard] - 1) // (self.world_size * self.B * self.T)
 
     def _check_size(self, shard: int) -> int:
         n = len(read_shard(self.paths[shard]))

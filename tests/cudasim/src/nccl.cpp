@@ -3,12 +3,17 @@
 // The ranks compare their calls before they exchange data: different operations, counts, types, reductions or roots,
 // which would hang or corrupt memory on GPUs, are reported with every rank's call. Reductions go through the ranks in
 // order and round to the type of the data after every addition, as rings do.
+//
+// Where a non-blocking communicator waits for the other ranks (to join, for the first collective, which connects them,
+// and to be finalized) its calls return ncclInProgress, and ncclCommGetAsyncError is to be asked until it says otherwise.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "bf16.h"
@@ -20,9 +25,18 @@ using namespace cudasim::nccl;
 using cudasim::report;
 
 struct ncclComm {
-  ncclComm(const ncclUniqueId& id, int size, int rank) : ranks(id, size, rank) {}
+  ncclComm(const ncclUniqueId& id, int size, int rank, bool blocking)
+      : ranks(id, size, rank), blocking(blocking), connected(blocking) {}
   Ranks ranks;
+  const bool blocking;
+  bool connected;
   ncclResult_t error = ncclSuccess;  // once it has failed, every call returns it
+  // Of a non-blocking communicator whose last call is in progress: the meeting that it waits for, and what then follows.
+  uint64_t meeting = 0;
+  std::function<void()> next;
+
+  // What calls return, and ncclCommGetAsyncError says.
+  ncclResult_t state() const { return error == ncclSuccess && next ? ncclInProgress : error; }
 };
 
 namespace cudasim::nccl {
@@ -61,6 +75,35 @@ std::shared_ptr<ncclComm> find(ncclComm_t comm) {
   const auto found = communicators.find(comm);
   if (found == communicators.end()) refuse(ncclInvalidArgument, "%p is not a communicator", static_cast<void*>(comm));
   return found->second;
+}
+
+// --- non-blocking communicators ---------------------------------------------------------------------------------------
+
+void begin(ncclComm& comm, std::function<void()> next) {
+  comm.meeting = comm.ranks.arrive();
+  comm.next = std::move(next);
+}
+
+void check_idle(const ncclComm& comm) {
+  if (comm.next) refuse(ncclInvalidUsage, "the call before is in progress: ask ncclCommGetAsyncError until it is not");
+}
+
+void fail(ncclComm& comm, const Failure& failure) {
+  comm.error = failure.result;
+  comm.next = nullptr;
+  last_error = "rank " + std::to_string(comm.ranks.rank) + ": " + failure.reason;
+  report("nccl", "%s", last_error.c_str());
+  comm.ranks.give_up();
+}
+
+void advance(ncclComm& comm) {
+  if (!comm.next) return;
+  try {
+    if (!comm.ranks.all_arrived(comm.meeting)) return;
+  } catch (const Failure& failure) {
+    return fail(comm, failure);
+  }
+  std::exchange(comm.next, nullptr)();
 }
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -295,10 +338,7 @@ void enqueue_work(const Request& request, std::function<void()> work) {
     try {
       work();
     } catch (const Failure& failure) {
-      comm->error = failure.result;
-      last_error = "rank " + std::to_string(comm->ranks.rank) + ": " + failure.reason;
-      report("nccl", "%s", last_error.c_str());
-      comm->ranks.give_up();
+      fail(*comm, failure);
     }
   });
 }
@@ -364,22 +404,25 @@ ncclResult_t submit(const char* function, ncclComm_t comm, const Call& call, con
   const ncclResult_t result = answer(function, [&] {
     living = find(comm);
     if (living->error != ncclSuccess) return;
+    check_idle(*living);
     const Request request = {living, call, send, recv, stream};
     check_request(request);
     if (group_depth)
       group.push_back(request);
-    else
+    else if (std::exchange(living->connected, true))
       enqueue_requests({request});
+    else
+      begin(*living, [request] { enqueue_requests({request}); });
   });
-  return result != ncclSuccess ? result : living->error;
+  return result != ncclSuccess ? result : living->state();
 }
 
 void check_config(const ncclConfig_t& config) {
   const ncclConfig_t initial = NCCL_CONFIG_INITIALIZER;
   if (config.magic != initial.magic || config.size != initial.size)
     refuse(ncclInvalidArgument, "the configuration was not set to NCCL_CONFIG_INITIALIZER");
-  if (config.blocking != NCCL_CONFIG_UNDEF_INT && config.blocking != 1)
-    refuse(ncclInvalidArgument, "blocking = %d: only blocking communicators are simulated", config.blocking);
+  if (config.blocking != NCCL_CONFIG_UNDEF_INT && config.blocking != 0 && config.blocking != 1)
+    refuse(ncclInvalidArgument, "blocking = %d", config.blocking);
 }
 
 }  // namespace
@@ -404,36 +447,65 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 }
 
 ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int size, ncclUniqueId id, int rank, ncclConfig_t* config) {
-  return answer("ncclCommInitRank", [&] {
+  std::shared_ptr<ncclComm> made;
+  const ncclResult_t result = answer("ncclCommInitRank", [&] {
     if (!comm) refuse(ncclInvalidArgument, "comm is null");
     if (config) check_config(*config);
     if (group_depth) refuse(ncclInvalidUsage, "in a group: one rank per process is simulated");
-    auto made = std::make_shared<ncclComm>(id, size, rank);
+    made = std::make_shared<ncclComm>(id, size, rank, !config || config->blocking != 0);
+    if (made->blocking) {
+      made->ranks.meet("ncclCommInitRank");
+      made->ranks.joined();
+    } else {
+      begin(*made, [ranks = &made->ranks] { ranks->joined(); });
+    }
     *comm = made.get();
     communicators[made.get()] = made;
   });
+  return result != ncclSuccess ? result : made->state();
 }
 
 ncclResult_t ncclCommInitRank(ncclComm_t* comm, int size, ncclUniqueId id, int rank) {
   return ncclCommInitRankConfig(comm, size, id, rank, nullptr);
 }
 
+ncclResult_t ncclCommFinalize(ncclComm_t comm) {
+  std::shared_ptr<ncclComm> living;
+  const ncclResult_t result = answer("ncclCommFinalize", [&] {
+    living = find(comm);
+    if (living->error != ncclSuccess) return;
+    check_idle(*living);
+    if (living->blocking) return;
+    living->ranks.shared().calls[living->ranks.rank] = {Operation::CommFinalize, 0, 0, 0, 0};
+    begin(*living, [] {});
+  });
+  return result != ncclSuccess ? result : living->state();
+}
+
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
   return answer("ncclCommDestroy", [&] {
-    find(comm);
+    check_idle(*find(comm));
     communicators.erase(comm);
   });
 }
 
+// What is still queued will not run.
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
   return answer("ncclCommAbort", [&] {
-    find(comm)->ranks.give_up();
+    const std::shared_ptr<ncclComm> living = find(comm);
+    living->error = ncclRemoteError;
+    living->next = nullptr;
+    living->ranks.give_up();
     communicators.erase(comm);
   });
 }
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
-  return answer("ncclCommGetAsyncError", [&] { *error = find(comm)->error; });
+  return answer("ncclCommGetAsyncError", [&] {
+    const std::shared_ptr<ncclComm> living = find(comm);
+    advance(*living);
+    *error = living->state();
+  });
 }
 
 ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {

@@ -62,12 +62,13 @@ SharedMemory* open_shared_memory(const Id& id) {
 
 std::string describe(const Call& call) {
   static const char* const operations[] = {"AllReduce", "ReduceScatter", "AllGather", "Broadcast",
-                                           "Reduce",    "Send",          "Recv"};
+                                           "Reduce",    "Send",          "Recv",      "CommFinalize"};
   static const char* const types[] = {"int8",    "uint8",   "int32",   "uint32",   "int64",   "uint64",
                                       "float16", "float32", "float64", "bfloat16", "fp8e4m3", "fp8e5m2"};
   static const char* const reductions[] = {"sum", "prod", "max", "min", "avg"};
   const Operation operation = call.operation;
   std::string text = operations[static_cast<int>(operation)];
+  if (operation == Operation::CommFinalize) return text;
   text += "(count " + std::to_string(call.count) + ", " + types[call.type];
   if (operation == Operation::AllReduce || operation == Operation::ReduceScatter || operation == Operation::Reduce)
     text += std::string(", ") + reductions[call.reduction];
@@ -111,8 +112,12 @@ Ranks::Ranks(const ncclUniqueId& unique_id, int size, int rank) : size(size), ra
                                            " ranks, another rank " + std::to_string(told)};
   if (shared_->joined[rank].exchange(1))
     throw Failure{ncclInvalidUsage, "two processes join as rank " + std::to_string(rank)};
-  meet("ncclCommInitRank");
-  if (id.pid == getpid()) close(id.file);  // the id cannot be used again
+  if (id.pid == getpid()) id_file_ = id.file;
+}
+
+void Ranks::joined() {
+  if (id_file_ >= 0) close(id_file_);
+  id_file_ = -1;
 }
 
 void Ranks::Unmap::operator()(SharedMemory* memory) const { munmap(memory, sizeof(SharedMemory)); }
@@ -147,9 +152,24 @@ void Ranks::wait_until(const std::function<bool()>& ready, const std::function<s
   }
 }
 
-void Ranks::meet(const std::string& why) {
-  const uint64_t step = ++shared_->steps[rank];
+uint64_t Ranks::arrive() {
+  const uint64_t meeting = ++shared_->steps[rank];
   signal();
+  return meeting;
+}
+
+bool Ranks::all_arrived(uint64_t meeting) {
+  for (int i = 0; i < size; i++) {
+    if (shared_->steps[i] >= meeting) continue;
+    if (const int32_t failed = shared_->failed)
+      throw Failure{ncclRemoteError, "rank " + std::to_string(failed - 1) + " gave up"};
+    return false;
+  }
+  return true;
+}
+
+void Ranks::meet(const std::string& why) {
+  const uint64_t step = arrive();
   const auto late = [&] {
     std::string ranks;
     for (int i = 0; i < size; i++)

@@ -18,7 +18,7 @@ constexpr int kMaxRanks = 16;
 constexpr size_t kChunkBytes = 1 << 20;  // of a collective, for each rank
 constexpr size_t kPartBytes = 1 << 18;   // of a message
 
-enum class Operation : int32_t { AllReduce, ReduceScatter, AllGather, Broadcast, Reduce, Send, Recv };
+enum class Operation : int32_t { AllReduce, ReduceScatter, AllGather, Broadcast, Reduce, Send, Recv, CommFinalize };
 
 // What ranks must agree on.
 struct Call {
@@ -59,8 +59,9 @@ struct Failure {
 
 class Ranks {
  public:
-  // Throws Failure if the id is unknown or used, or the others do not come.
+  // Throws Failure if the id is unknown or used. The ranks must meet before anything else, and call joined().
   Ranks(const ncclUniqueId& id, int size, int rank);
+  void joined();  // the id cannot be used again
   static ncclUniqueId make_id();
 
   const int size, rank;
@@ -71,14 +72,18 @@ class Ranks {
   void wait_until(const std::function<bool()>& ready, const std::function<std::string()>& what);
   void signal();                      // wakes the others, for whom something has changed
   void meet(const std::string& why);  // waits until all ranks are here
-  void give_up();                     // ends the waiting of all ranks
+  // The same without waiting: a meeting, and whether all ranks have come to it. Throws Failure if one has given up.
+  uint64_t arrive();
+  bool all_arrived(uint64_t meeting);
+  void give_up();  // ends the waiting of all ranks
 
  private:
   struct Unmap {
     void operator()(SharedMemory* memory) const;
   };
   std::unique_ptr<SharedMemory, Unmap> shared_;
-  double timeout_;  // seconds
+  double timeout_;    // seconds
+  int id_file_ = -1;  // where this process made the id, until all have joined
 };
 
 }  // namespace cudasim::nccl

@@ -1,0 +1,88 @@
+# What the scripts of this folder share; they source it. What a run needs stands in variables that they set:
+#   flags   those of llmc-train; `train` adds -y 1
+#   data    where the shards come from, for whoever has none
+#   memory  GiB of the GPU that the settings are for
+#   NPROC   number of processes, one per GPU
+# With DRY_RUN=1 a script prints steps, tokens and memory and trains nothing; it needs neither a GPU nor data.
+# The arguments of a script are further flags; later flags win. Paths start in the working directory.
+set -euo pipefail
+
+stop() { # message
+  echo "${0##*/}: $1" >&2
+  exit 1
+}
+
+value_of() { # short and long name of a flag; prints the last value it has
+  local value="" previous="" argument
+  for argument in "${flags[@]}"; do
+    case $previous in "$1" | "$2") value=$argument ;; esac
+    case $argument in "$1="* | "$2="*) value=${argument#*=} ;; esac
+    previous=$argument
+  done
+  echo "$value"
+}
+
+need_data() { # patterns
+  local pattern
+  for pattern in "$@"; do
+    compgen -G "$pattern" >/dev/null || stop "no file matches $pattern: $data"
+  done
+}
+
+prepare() { # arguments of the script; a dry run ends here, and so does a run without program or data
+  command -v llmc-train >/dev/null || stop "there is no llmc-train: activate the environment that llmc is installed in"
+  flags+=("$@")
+  if [ "${DRY_RUN:-0}" != 0 ]; then
+    exec llmc-train --dry-run --device cuda --memory "$memory" "${flags[@]}" -pn "$NPROC"
+  fi
+  need_data "$(value_of -i --train-data)" "$(value_of -j --val-data)"
+}
+
+newest_checkpoint() { # in an output directory; prints nothing if there is none
+  (
+    shopt -s nullglob
+    printf '%s\n' "$1"/DONE_* | tail -n 1
+  )
+}
+
+# Trains until the last checkpoint is there: after a failure the run goes on from its newest checkpoint. What fails
+# twice without a checkpoint in between would fail for ever, and a wrong flag (status 2) does not get better.
+train() { # arguments of the script
+  prepare "$@"
+  local output final newest failed_at=none status launcher=(mpirun -np "$NPROC")
+  [ "$NPROC" != 1 ] || launcher=() # one process needs no mpirun
+  output=$(value_of -o --output-dir)
+  final=$output/DONE_$(printf %08d "$(value_of -x --max-steps)")
+  trap 'exit 130' INT # Ctrl-C ends the loop too
+  while [ ! -e "$final" ]; do
+    status=0
+    "${launcher[@]}" llmc-train "${flags[@]}" -y 1 || status=$?
+    case $status in
+      0) return ;;
+      2 | 130) exit "$status" ;;
+    esac
+    newest=$(newest_checkpoint "$output")
+    [ "$newest" != "$failed_at" ] || stop "failed twice (status $status) without a new checkpoint: the reason is above"
+    failed_at=$newest
+    echo "${0##*/}: failed (status $status); going on from ${newest:-the beginning}" >&2
+    sleep 1
+  done
+  echo "${0##*/}: $final is there: the run is complete"
+}
+
+train_reference() { # arguments of the script; the flags are those of train_gpt2.py
+  local steps tokens total program command
+  flags+=("$@")
+  program=$(dirname "${BASH_SOURCE[0]}")/train_gpt2.py
+  command=(torchrun --standalone --nproc_per_node "$NPROC" "$program" "${flags[@]}")
+  if [ "${DRY_RUN:-0}" != 0 ]; then
+    steps=$(value_of --num_iterations --num_iterations) tokens=$(value_of --total_batch_size --total_batch_size)
+    total=$(LC_ALL=C printf %.2e $((steps * tokens)) | sed 's/e+0\?/e/')
+    echo "steps: $steps of $tokens tokens = $total tokens in all"
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+  fi
+  need_data "$(value_of --input_bin --input_bin)" "$(value_of --input_val_bin --input_val_bin)"
+  exec "${command[@]}"
+}

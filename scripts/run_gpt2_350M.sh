@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# GPT-2 (350M) on 31.5 billion tokens of FineWeb.
+# llm.c on 8 A100 with 80 GB: 820 ms a step, 13.7 hours, about $200.
+source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
+NPROC=${NPROC:-8}
+memory=80
+data="llm.c's dev/data/fineweb.py -t classic -v 100B makes them; other data: -i and -j"
+flags=( # -h 1, HellaSwag with every validation, comes when llmc-train has it
+  -e d24
+  -i 'dev/data/fineweb100B/fineweb_train_*.bin'
+  -j 'dev/data/fineweb100B/fineweb_val_*.bin'
+  -o log_gpt2_350M
+  -v 250    # validate every so many steps
+  -s 100000 # sample at the end only,
+  -g 144    # so many tokens
+  -b 64     # rows a pass and GPU: with less memory lower this alone, -d stays
+  -t 1024   # tokens a row
+  -d 524288 # tokens a step, on all GPUs together
+  -r 0      # recompute nothing
+  -z 1      # optimizer state cut over the GPUs
+  -c 0.1    # weight decay
+  -l 0.0003 # highest learning rate, after
+  -u 700    # so many steps,
+  -q 0.0    # falling to this part of it
+  -n 2000   # checkpoint every so many steps
+  -x 60000
+)
+train "$@"
