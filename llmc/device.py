@@ -47,31 +47,32 @@ class Device:
         return peak_flops(self.name, precision) if precision == "bf16" or tf32 else None
 
 
-def choose_device(config: TrainConfig, ranks: Ranks) -> Device:
-    """What --device says; auto is a GPU where there is one, one for each rank. RunError if it is not there."""
+def choose_device(config: TrainConfig, local_rank: int = 0, local_size: int = 1) -> Device:
+    """What --device says, for one of `local_size` processes on this machine; auto is a GPU where there is one.
+
+    RunError if it is not there.
+    """
     from llmc import _C
 
     if config.device == "cpu":
-        return cpu(ranks)
+        return cpu(local_size)
     if why_not := _C.why_no_cuda_device():
         if config.device == "auto":
-            return cpu(ranks)
+            return cpu(local_size)
         raise RunError(f"--device cuda: {why_not}; use --device cpu")
     gpus = _C.cuda_devices()
     # A process that sees one GPU only was given its own, as Slurm does with --gpus-per-task.
-    index = ranks.local_rank if len(gpus) > 1 else 0
+    index = local_rank if len(gpus) > 1 else 0
     if index >= len(gpus):
-        raise RunError(
-            f"{ranks.local_size} processes on this machine, which has {len(gpus)} GPUs: one process per GPU, please"
-        )
+        raise RunError(f"{local_size} processes on this machine, which has {len(gpus)} GPUs: start one process per GPU")
     gpu = gpus[index]
     fuses_gelu = gpu["compute_capability"] >= (9, 0)
     return Device(f"cuda:{index}", gpu["name"], gpu["memory"], fuses_gelu, index, gpu["pci_bus_id"])
 
 
-def cpu(ranks: Ranks) -> Device:
-    # Fusion costs nothing here: the same bits, fewer passes over memory. The machine's ranks share its memory.
-    return Device("cpu", cpu_name(), memory_bytes() // ranks.local_size, fuses_gelu=True)
+def cpu(local_size: int = 1) -> Device:
+    # Fusion costs nothing here: the same bits, fewer passes over memory. They share the machine's memory.
+    return Device("cpu", cpu_name(), memory_bytes() // local_size, fuses_gelu=True)
 
 
 def communicator(ranks: Ranks, device: Device) -> "_C.Communicator | None":
@@ -92,7 +93,7 @@ def device_on_paper(config: TrainConfig, memory: int | None) -> Device:
         device = Device("cuda:0", "GPU", memory, fuses_gelu=True)
     else:
         try:
-            device = choose_device(config, Ranks())
+            device = choose_device(config)
         except RunError as error:
             raise UsageError(f"{error}, or give a GPU's memory with --memory") from error
     return device if memory is None else replace(device, memory=memory)

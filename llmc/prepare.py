@@ -90,7 +90,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     check_supported(config)
     B, T, P = config.batch_size, config.seq_len, ranks.size
     accumulation_steps = config.accumulation_steps(P)
-    device = choose_device(config, ranks)
+    device = choose_device(config, ranks.local_rank, ranks.local_size)
     telemetry = telemetry_of(config, device)
 
     train_pattern = config.val_data if config.overfit_one_batch else config.train_data
