@@ -8,6 +8,7 @@ Any mpirun will do, as long as its own library can be loaded. `pip install` brin
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from llmc.errors import RunError
@@ -21,7 +22,9 @@ def broadcast(launcher: str, size: int, text: str) -> str:
     """`text` of rank 0, on all the `size` ranks that `launcher` has started. RunError if MPI does not work here."""
     os.environ.setdefault(LIBRARY, os.pathsep.join(libraries(VERSIONS[launcher])))
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a library that belongs to another mpirun: the error comes below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py, or the library
         reason = str(error).splitlines()[-1]
         raise RunError(

@@ -1,12 +1,15 @@
-"""Runs a function on several ranks, each a process of its own."""
+"""Runs a function on several ranks, each a process of its own; or processes that are to become the ranks of a run."""
 
 import multiprocessing
+import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +81,42 @@ def run_rank(pipe: Connection, port: int, rank: int, size: int, function: Callab
     except BaseException:
         failure = traceback.format_exc()
     pipe.send_bytes(pickle.dumps((result, failure)))
+
+
+def run_process(output: str, environ: dict[str, str], function: Callable[..., Any], args: Any) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.environ.update(environ)
+    function(*args)
+
+
+class Processes:
+    """Processes of one thread each that are started and waited for, and what they wrote."""
+
+    def __init__(
+        self, folder: Path, function: Callable[..., Any], arguments: list[tuple[Any, ...]], environ: dict[str, str]
+    ) -> None:
+        """function(*arguments[i]) is what process i does."""
+        self.outputs = [folder / f"rank{i}" for i in range(len(arguments))]
+        environ = {"OMP_NUM_THREADS": "1", "LLMC_START_TIMEOUT": "20", **environ}
+        self.processes = [
+            start(run_process, str(output), environ, function, args)
+            for output, args in zip(self.outputs, arguments, strict=True)
+        ]
+
+    def wait(self, seconds: float = 40) -> tuple[list[int | None], str]:
+        """Statuses, and all of stderr. The test fails if one is still there after that time."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        hang = [number for number, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+        assert not hang, f"ranks {hang} are still there; stderr: {self.read('err')}"
+        return [process.exitcode for process in self.processes], self.read("err")
+
+    def read(self, name: str) -> str:
+        """What all have written to "out" or "err" so far."""
+        paths = [Path(f"{output}.{name}") for output in self.outputs]
+        return "".join(path.read_text() for path in paths if path.exists())

@@ -3,15 +3,20 @@
 import contextlib
 import io
 import os
+import random
 import re
+import signal
 import struct
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks_testing import run_ranks
+from ranks_testing import Processes, run_ranks
 from training_data import V, text, write_shard, write_tokenizer
 
+from llmc import cli
+from llmc.cli.train import _main as command
 from llmc.command_line import parse_args
 from llmc.errors import RunError, UsageError
 from llmc.model_file import load_model, read_model_header
@@ -139,3 +144,42 @@ def test_refusals():
     assert printed[0] == printed[1]
     assert "UsageError: -d 384 is not a multiple of 160" in printed[0][0]
     assert "state_00000002_00001.bin is not" in printed[0][1]
+
+
+def run_command(directory, arguments):
+    os.chdir(directory)
+    cli.run("llmc-train", command, arguments)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_kill_any_rank_at_random_moments(tmp_path, stage):
+    """Of a run that writes checkpoints most of the time: it ends quickly, with the reason; the next one goes on."""
+    flags = f"{BASE} -d 96 -b 1 -z {stage} -x 200 -n 2 -nk 2 -v 0 --precision bf16 -y 1 -pm fs -pp {tmp_path} -pn 3"
+
+    def start(output):
+        arguments = [(str(tmp_path), [*flags.split(), "-pr", str(rank), "-o", output]) for rank in range(3)]
+        return Processes(tmp_path, run_command, arguments, {}), time.monotonic()
+
+    started, began = start("straight")
+    assert started.wait() == ([0, 0, 0], "")
+    whole = time.monotonic() - began
+    generator = random.Random(stage)
+    kills = {"started": 0, "running": 0}
+    for victim in (0, 1, 2, 1, 0, 2):
+        started, _ = start("killed")
+        time.sleep(whole * generator.uniform(0.1, 0.6))
+        running = "step " in started.read("out")
+        started.processes[victim].kill()
+        statuses, errors = started.wait(10)
+        if statuses == [0, 0, 0]:
+            break  # the run was over
+        kills["running" if running else "started"] += 1
+        assert statuses[victim] == -signal.SIGKILL and all(status in (1, -signal.SIGKILL) for status in statuses)
+        assert not running or f"llmc-train: error: rank {victim} (process " in errors
+        assert "Traceback" not in errors
+    assert kills["running"] >= 2, kills
+    started, _ = start("killed")
+    assert started.wait() == ([0, 0, 0], "")
+    for name in ("model_00000200.bin", *(f"state_00000200_{rank:05d}.bin" for rank in range(3))):
+        assert Path("straight", name).read_bytes() == Path("killed", name).read_bytes(), name
+    assert set(os.listdir("straight")) == set(os.listdir("killed"))
