@@ -29,7 +29,7 @@ class Ranks:
     size: int = 1
     local_rank: int = 0  # among the processes on this machine,
     local_size: int = 1  # which are so many
-    store: "Store | None" = None  # None for a single process
+    store: "Store | None" = field(default=None, repr=False)  # None for a single process
     group_name: str = ""  # of the Gloo group of all ranks, for the core; "" for a single process
     _operations: int = field(default=0, init=False)
 

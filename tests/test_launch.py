@@ -266,13 +266,38 @@ cli.run("llmc-train", main, [])
 """
 
 
+FOLDERS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+MPIRUNS = {
+    "MPICH": ["mpirun"],  # verbatim: the one that was installed with the package
+    "Open MPI": ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"],
+}
+
+
+def mpirun(name, *arguments, **environ):
+    program, *options = MPIRUNS[name]
+    if not (path := shutil.which(program, path=FOLDERS)):
+        pytest.skip(f"there is no {program}")
+    command = [path, *options, "-np", "3", sys.executable, "-c", PROGRAM, *arguments]
+    environment = {**os.environ, "PATH": FOLDERS, **environ}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
 @pytest.mark.parametrize("arguments", [[], ["die"]])
-def test_mpirun(arguments):
-    """Verbatim, with the MPI that was installed with the package; also as root, and with more ranks than cores."""
-    if not (mpirun := shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")):
-        pytest.skip("there is no mpirun")
-    command = [mpirun, "-np", "3", sys.executable, "-c", PROGRAM, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("name", MPIRUNS)
+def test_mpirun(name, arguments):
+    """Also as root, and with more ranks than cores."""
+    result = mpirun(name, *arguments)
     assert result.stdout.splitlines()[0] == "sum 3 of 3"
-    assert result.returncode == (1 if arguments else 0)
+    assert (result.returncode == 0) == (not arguments)
     assert ("llmc-train: error: rank 1: boom" in result.stderr) == bool(arguments)
+
+
+def test_the_library_of_another_mpirun():
+    """MPICH's mpirun over Open MPI's library: each process is a rank 0 of its own."""
+    libraries = list(Path("/usr/lib").glob("*/libmpi.so.40"))
+    if not libraries:
+        pytest.skip("there is no Open MPI")
+    result = mpirun("MPICH", MPI4PY_LIBMPI=str(libraries[0]))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "mpirun has started 3 processes, but the MPI library that mpi4py loads, Open MPI" in result.stderr
+    assert result.stderr.count("sees 1: it belongs to another mpirun") == 3

@@ -25,7 +25,7 @@ class Communicator {
   virtual int size() const = 0;
 
   // The queue of the device's operations, a cudaStream_t, that collectives are ordered with; null on a CPU, whose
-  // operations are done when they return. Called once, before the first collective.
+  // operations are done when they return. Called once, by the model that the communicator serves.
   virtual void attach(void* stream) = 0;
 
   // x = average of x over the ranks, the same bits on all of them

@@ -92,7 +92,11 @@ class Nccl final : public Communicator {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
 
-  void attach(void* stream) override { compute_ = static_cast<cudaStream_t>(stream); }
+  void attach(void* stream) override {
+    LLMC_CHECK(!attached_, "a communicator of GPUs serves one model: make another one for this model");
+    attached_ = true;
+    compute_ = static_cast<cudaStream_t>(stream);
+  }
 
   Ticket all_reduce_average(Tensor x, const std::string& what) override { return all_reduce(x, ncclAvg, what); }
 
@@ -243,6 +247,7 @@ class Nccl final : public Communicator {
   const int rank_, size_, device_;
   const double timeout_;  // seconds
   ncclComm_t comm_ = nullptr;
+  bool attached_ = false;
   cudaStream_t compute_ = nullptr, stream_ = nullptr;
   std::array<Collective, size_t(kRemembered)> collectives_;
   Ticket last_ticket_ = 0, finished_ = 0;
