@@ -141,7 +141,13 @@ class TrainConfig:
         "-z", 0, "memory", one_of(0, 1, 2, 3), "ZeRO: 1 optimizer state, 2 gradients, 3 parameters cut over processes"
     )
     gpus_per_node: int = flag("-pg", 8, "processes", at_least(1), "GPUs per node, with -pm tcp or fs")
-    start_method: str = flag("-pm -pi", "mpi", "processes", one_of("mpi", "tcp", "fs"), "how processes find each other")
+    start_method: str = flag(
+        "-pm -pi",
+        "mpi",
+        "processes",
+        one_of("mpi", "tcp", "fs"),
+        "how processes find each other; mpi: by mpirun, torchrun or srun",
+    )
     num_processes: int = flag("-pn", 1, "processes", at_least(1), "number of processes, with -pm tcp or fs")
     shared_path: str = flag("-pp -pf", "/tmp", "processes", NOT_EMPTY, "directory that all processes see, with -pm fs")
     process_rank: int = flag("-pr", 0, "processes", at_least(0), "rank of this process, with -pm tcp or fs")
