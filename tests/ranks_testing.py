@@ -77,7 +77,9 @@ def run_rank(pipe: Connection, port: int, rank: int, size: int, function: Callab
         torch.set_num_threads(1)
         store = PrefixStore("test", TCPStore("127.0.0.1", port, is_master=False, timeout=LIMIT))
         name = join_gloo_group(store, rank, size, one_machine=True, seconds=60) if size > 1 else ""
-        result = function(Ranks(rank, size, rank, size, store if size > 1 else None, name), *args)
+        ranks = Ranks(rank, size, rank, size, store if size > 1 else None, name)
+        ranks.barrier("the start")  # one that ends early must not break connections that others are still making
+        result = function(ranks, *args)
     except BaseException:
         failure = traceback.format_exc()
     pipe.send_bytes(pickle.dumps((result, failure)))
