@@ -8,12 +8,10 @@ from llmc.errors import RunError, UsageError
 from llmc.machine import cpu_name, memory_bytes
 from llmc.model_file import FileDtype
 from llmc.peak import peak_flops
-from llmc.ranks import Ranks
+from llmc.ranks import TIMEOUT, Ranks
 
 if TYPE_CHECKING:
     from llmc import _C
-
-COLLECTIVE_TIMEOUT = 1800  # seconds; the slowest rank may be writing a large checkpoint, and dead ones are seen at once
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ def communicator(ranks: Ranks, device: Device) -> "_C.Communicator | None":
     if not device.is_cuda:
         return _C.gloo_communicator(ranks.group_name)
     identity = ranks.broadcast(_C.nccl_unique_id().hex() if ranks.rank == 0 else "", "NCCL's identity")
-    return _C.nccl_communicator(bytes.fromhex(identity), ranks.rank, ranks.size, device.index, COLLECTIVE_TIMEOUT)
+    timeout = TIMEOUT.total_seconds()
+    return _C.nccl_communicator(bytes.fromhex(identity), ranks.rank, ranks.size, device.index, timeout)
 
 
 def device_on_paper(config: TrainConfig, memory: int | None) -> Device:

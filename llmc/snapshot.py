@@ -107,9 +107,7 @@ def read(checkpoint: Checkpoint, shape: ModelShape, config: TrainConfig, precisi
         *zip(paths, (state.step for state in states), strict=True),
     ):
         if step not in (None, checkpoint.step):
-            raise RunError(
-                f"{file} is of step {step}, not of {checkpoint.step} as its name says: put the right file back"
-            )
+            raise RunError(f"{file} is of step {step}, not of {checkpoint.step} as its name says: {BACK}")
     first = states[0]
     for rank, (path, state) in enumerate(zip(paths, states, strict=True)):
         if (state.rank, state.world_size) != (rank, len(paths)):

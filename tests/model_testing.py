@@ -6,6 +6,7 @@ A case is (maxT, V, L, NH, C, B, T).
 import torch
 
 from llmc import _C
+from llmc.resharding import own_parts
 
 
 def sizes(case):
@@ -23,15 +24,13 @@ def build(case, core=_C, comm=None, **options):
     model = core.GPT2(config, core.Options(**{"batch_size": B, "seq_len": T, **options}), comm)
     model.init_random(seed=42)
     generator = torch.Generator().manual_seed(7)
-    parameters = model.parameters()
-    for unit_offset, unit_size, tensors in core.parameter_units(config, model.world_size):
-        shard = unit_size // model.world_size if model.options.zero_stage == 3 else unit_size
-        begin = unit_offset + model.rank * shard if model.options.zero_stage == 3 else unit_offset
-        for name, offset, numel in tensors:
+    parameters, units = model.parameters(), core.parameter_units(config, model.world_size)
+    parts = own_parts(units, model.rank, model.world_size) if model.options.zero_stage == 3 else None
+    for _, _, tensors in units:
+        for name, _, numel in tensors:
             if name.endswith("b") or "ln" in name:  # init_random leaves vectors at 0 and 1, where many errors hide
                 values = torch.randn(numel, generator=generator) * 0.1 + (1 if name.endswith("w") else 0)
-                mine = values[max(begin - offset, 0) : max(begin + shard - offset, 0)]
-                parameters[name].copy_(mine)
+                parameters[name].copy_(values[slice(*parts[name])] if parts else values)
     return model
 
 

@@ -7,6 +7,7 @@ from model_testing import build
 from ranks_testing import run_ranks
 
 from llmc import _C
+from llmc.build import Buffer, bytes_by_lifetime
 
 STEPS = 20
 # C is no multiple of 128, and the last layernorm has less than a slice for each of 8 ranks: shards cut through tensors.
@@ -49,10 +50,7 @@ def whole_parameters(model, core=_C):
 
 def bytes_of_plan(model, core=_C):
     """Allocated bytes by lifetime, as worked out from the plan's rows."""
-    ends = {}
-    for _, lifetime, _, _, offset, size in core.plan(model.config, model.options, model.world_size):
-        ends[lifetime] = max(ends.get(lifetime, 0), offset + -(-size // 256) * 256)
-    return ends
+    return bytes_by_lifetime([Buffer(*row) for row in core.plan(model.config, model.options, model.world_size)])
 
 
 def train_on_rank(ranks, case, jobs):
