@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from llmc.data.eval_file import NUM_COMPLETIONS
 from llmc.errors import UsageError
 from llmc.outliers import MAX_Z
 from llmc.schedule import SCHEDULERS
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+HELLASWAG_DATA = "dev/data/hellaswag/hellaswag_val.bin"
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class TrainConfig:
         "-s", 20, "evaluation", ANY, "sample text every so many steps and at the end; below 1: never"
     )
     sample_length: int = flag("-g", 64, "evaluation", at_least(1), "tokens per sample, at most the sequence length")
-    hellaswag: bool = flag("-h", False, "evaluation", ANY, "1: HellaSwag with every validation; -h alone is --help")
+    hellaswag: bool = flag(
+        "-h", False, "evaluation", ANY, "1: HellaSwag with every validation after step 0; -h alone is --help"
+    )
+    hellaswag_data: str = flag("", HELLASWAG_DATA, "evaluation", NOT_EMPTY, "evaluation file for -h 1")
     overfit_one_batch: bool = flag(
         "-a", False, "debugging", ANY, "1: every step sees the same first batch, taken from the validation data"
     )
@@ -162,6 +167,11 @@ class TrainConfig:
             )
         if self.sample_every > 0 and self.sample_length > self.seq_len:
             raise UsageError(f"-g {self.sample_length} is longer than -t {self.seq_len}: use -g {self.seq_len} or less")
+        if self.hellaswag and self.batch_size < NUM_COMPLETIONS:
+            raise UsageError(
+                f"-b {self.batch_size} is too small for -h 1, where an example takes {NUM_COMPLETIONS} rows: "
+                f"use -b {NUM_COMPLETIONS} or more, or -h 0"
+            )
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -174,6 +184,7 @@ class TrainConfig:
             ("-y", self.resume, self.output_dir != "", "with an output directory -o"),
             ("-nk", self.keep_checkpoints > 0, checkpoints, "with checkpoints: add -n"),
             ("-nm", self.major_every > 0, self.keep_checkpoints > 0, "where checkpoints are deleted: add -nk"),
+            ("--hellaswag-data", self.hellaswag_data != HELLASWAG_DATA, self.hellaswag, "with -h 1"),
             ("-f", not self.tf32, self.precision != "bf16", "with --precision fp32"),
             ("-pg", self.gpus_per_node != 8, self.start_method != "mpi", "with -pm tcp or -pm fs"),
             ("-pr", self.process_rank != 0, self.start_method != "mpi", "with -pm tcp or -pm fs"),

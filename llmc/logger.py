@@ -77,6 +77,12 @@ class Logger:
         print(f"val loss {loss:f}", flush=True)
         self._write("a", f"s:{step} tel:{loss:.4f}\n")
 
+    def hellaswag(self, step: int, correct: int, total: int) -> None:
+        """Report how many examples the model gets right before the 0-based `step`."""
+        accuracy = correct / total
+        print(f"HellaSwag: {correct}/{total} = {accuracy:f}", flush=True)
+        self._write("a", f"s:{step} eval:{accuracy:.4f}\n")
+
     def training(self, report: StepReport) -> None:
         print(step_line(report), flush=True)
         line = f"s:{report.step} trl:{report.loss:.4f} lr:{report.learning_rate:.6f} norm:{report.grad_norm:.2f}\n"

@@ -17,10 +17,12 @@ from llmc.build import (
 )
 from llmc.checkpoint import Checkpoint, files, lost, newest
 from llmc.config import TrainConfig
+from llmc.data.eval_file import Example
 from llmc.data.loader import DataLoader
 from llmc.data.shards import find_shards
 from llmc.device import Device, choose_device, communicator
 from llmc.errors import RunError, UsageError
+from llmc.hellaswag import load_examples
 from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header
 from llmc.outliers import OutlierDetector
 from llmc.output_dir import check_output_dir
@@ -48,6 +50,7 @@ class Run:
     train_pattern: str
     train_loader: DataLoader
     val_loader: DataLoader
+    hellaswag_examples: list[Example]  # none without -h 1
     tokenizer: Tokenizer | None
     accumulation_steps: int
     num_steps: int
@@ -87,7 +90,6 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     """Check everything that can be checked before the first step, and build what the steps need."""
     from llmc import _C
 
-    check_supported(config)
     B, T, P = config.batch_size, config.seq_len, ranks.size
     accumulation_steps = config.accumulation_steps(P)
     device = choose_device(config, ranks.local_rank, ranks.local_size)
@@ -119,6 +121,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
         train_pattern, B, T, ranks.rank, P, shuffle=shuffle, seed=config.seed, vocab_size=shape.vocab_size
     )
     val_loader = DataLoader(config.val_data, B, T, ranks.rank, P, vocab_size=shape.vocab_size)
+    hellaswag_examples = load_examples(config.hellaswag_data, T, shape.vocab_size) if config.hellaswag else []
     num_steps = config.max_steps
     if num_steps == -1:
         num_steps = train_loader.num_tokens // (B * T * P * accumulation_steps)
@@ -147,6 +150,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     check_memory(buffers, device, ranks)
     # The ranks may see different files.
     ranks.agree("tokens in the training data", train_loader.num_tokens)
+    ranks.agree("the number of examples for -h", len(hellaswag_examples))
     ranks.agree("step to go on from", state.step if state else 0)
     model = _C.GPT2(sizes, options, communicator(ranks, device))
     if checkpoint:
@@ -165,6 +169,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
         train_pattern=train_pattern,
         train_loader=train_loader,
         val_loader=val_loader,
+        hellaswag_examples=hellaswag_examples,
         tokenizer=tokenizer or working_directory_tokenizer(shape.vocab_size),
         accumulation_steps=accumulation_steps,
         num_steps=num_steps,
@@ -199,12 +204,6 @@ def check_same_tokens(train: Tokenizer | None, val: Tokenizer | None) -> None:
             f"the data of -i and -j have different tokens ({train.path} and {val.path}): "
             "give training and validation data of one data set"
         )
-
-
-def check_supported(config: TrainConfig) -> None:
-    """Refuse what other versions can do, rather than ignore it."""
-    if config.hellaswag:
-        raise UsageError("-h 1: this version has no HellaSwag evaluation; drop it (-h alone is help)")
 
 
 def telemetry_of(config: TrainConfig, device: Device) -> Telemetry | None:

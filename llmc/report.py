@@ -57,7 +57,9 @@ def parameter_table(run: Run) -> str:
     processes: list[Row] = [("num_processes", run.ranks.size), ("zero_stage", stage)]
     if stage == 0:
         processes.insert(0, f"Zero Optimization is disabled{alone}")
-    return table([settings, device, model, batches, [("run hellaswag", "no")], processes])
+    return table(
+        [settings, device, model, batches, [("run hellaswag", "yes" if config.hellaswag else "no")], processes]
+    )
 
 
 def batch_report(run: Run) -> str:

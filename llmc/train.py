@@ -9,6 +9,7 @@ from llmc import snapshot
 from llmc.checkpoint import Checkpoint, prune
 from llmc.config import TrainConfig
 from llmc.errors import RunError
+from llmc.hellaswag import count_correct
 from llmc.logger import Logger, StepReport, Throughput
 from llmc.output_dir import open_output_dir
 from llmc.prepare import Run, prepare
@@ -33,6 +34,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         last = step == run.num_steps
         if last or due(step, config.val_every, also_at_0=True):
             logger.validation(step, validate(run, step))
+        if config.hellaswag and (last or due(step, config.val_every)):
+            correct = count_correct(run.model, run.hellaswag_examples, config.batch_size, ranks)
+            logger.hellaswag(step, correct, len(run.hellaswag_examples))
         takes_part = ranks.rank == 0 or run.model.options.zero_stage == 3  # where no rank has all the weights
         if takes_part and config.sample_every > 0 and (last or due(step, config.sample_every)):
             print_sample(run.model, config.seq_len, config.sample_length, run.start_token, run.tokenizer)

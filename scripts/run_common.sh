@@ -29,6 +29,17 @@ need_data() { # patterns
   done
 }
 
+# HellaSwag is no reason not to train: the -h 1 of a script counts where its file is there, that of an argument always.
+skip_hellaswag() { # arguments of the script
+  local file=dev/data/hellaswag/hellaswag_val.bin wanted given
+  wanted=$(value_of -h --hellaswag)
+  given=$(flags=("$@") && value_of -h --hellaswag && value_of --hellaswag-data --hellaswag-data)
+  if [ "$wanted" = 1 ] && [ -z "$given" ] && [ ! -e "$file" ]; then
+    echo "${0##*/}: no HellaSwag: there is no $file, which llm.c's dev/data/hellaswag.py makes" >&2
+    flags+=(-h 0)
+  fi
+}
+
 prepare() { # arguments of the script; a dry run ends here, and so does a run without program or data
   command -v llmc-train >/dev/null || stop "there is no llmc-train: activate the environment that llmc is installed in"
   flags+=("$@")
@@ -36,6 +47,7 @@ prepare() { # arguments of the script; a dry run ends here, and so does a run wi
     exec llmc-train --dry-run --device cuda --memory "$memory" "${flags[@]}" -pn "$NPROC"
   fi
   need_data "$(value_of -i --train-data)" "$(value_of -j --val-data)"
+  skip_hellaswag "$@"
 }
 
 newest_checkpoint() { # in an output directory; prints nothing if there is none

@@ -5,12 +5,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
 NPROC=${NPROC:-8}
 memory=80
 data="llm.c's dev/data/fineweb.py -t edu -v 100B makes them; other data: -i and -j"
-flags=( # -h 1, HellaSwag with every validation, comes when llmc-train has it
+flags=(
   -e d48
   -i 'dev/data/edu_fineweb100B/edu_fineweb_train_*.bin'
   -j 'dev/data/edu_fineweb100B/edu_fineweb_val_*.bin'
   -o log_gpt2_1558M
-  -v 250     # validate every so many steps
+  -v 250     # validate every so many steps,
+  -h 1       # with HellaSwag, where its file is there
   -s 300000  # sample at the end only,
   -g 384     # so many tokens
   -b 16      # rows a pass and GPU: with less memory lower this alone, -d stays

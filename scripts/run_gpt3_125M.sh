@@ -5,12 +5,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
 NPROC=${NPROC:-8}
 memory=80
 data="llm.c's dev/data/fineweb.py -t classic -v 100B makes them; other data: -i and -j"
-flags=( # -h 1, HellaSwag with every validation, comes when llmc-train has it
+flags=(
   -e gpt3:c768
   -i 'dev/data/fineweb100B/fineweb_train_*.bin'
   -j 'dev/data/fineweb100B/fineweb_val_*.bin'
   -o log_gpt3_125M
-  -v 250    # validate every so many steps
+  -v 250    # validate every so many steps,
+  -h 1      # with HellaSwag, where its file is there
   -s 20000  # and sample
   -g 144    # so many tokens
   -b 32     # rows a pass and GPU: with less memory lower this alone, -d stays

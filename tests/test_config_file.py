@@ -75,6 +75,7 @@ CHANGED = TrainConfig(
     sample_every=0,
     sample_length=9,
     hellaswag=True,
+    hellaswag_data="dätä/hellaswag_val.bin",
     overfit_one_batch=True,
     log_gpu_every=50,
     device="cpu",

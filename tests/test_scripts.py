@@ -24,6 +24,7 @@ from llmc.dry_run import largest_batch
 
 SCRIPT_VARIABLES = "SLURM_|NPROC$|DRY_RUN$|HEAD$|HOSTFILE$"
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"
 MIB = 2**20
 
 
@@ -119,6 +120,8 @@ def directory(tmp_path):
             path = tmp_path / f"dev/data/{stem}_{split}_000000.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+    (tmp_path / HELLASWAG).parent.mkdir()
+    (tmp_path / HELLASWAG).touch()
     return tmp_path
 
 
@@ -184,6 +187,7 @@ def test_dry_run_of_the_reference(tmp_path, reference, script):
 SAME = {"seq_len": 1024, "recompute": 0, "zero_stage": 1, "weight_decay": 0.1, "scheduler": "cosine", "resume": True}
 GPT = SAME | {
     "val_every": 250,
+    "hellaswag": True,
     "sample_every": 20000,
     "sample_length": 144,
     "total_batch_size": 524288,
@@ -308,6 +312,26 @@ def test_missing_data(directory, script, split):
     assert result.stderr.startswith(f"{Path(script).name}: no file matches {pattern}: ")
     assert re.search(r"dev/data/(fineweb|lichess_uci)\.py", result.stderr) and result.stderr.count("\n") == 1
     assert calls(directory) == []
+
+
+@pytest.mark.parametrize("script", SINGLE_NODE)
+def test_hellaswag_is_left_out_without_its_file(directory, script):
+    (directory / HELLASWAG).unlink()
+    result = start(script, directory)
+    (call,) = calls(directory)
+    expected = f"{script}: no HellaSwag: there is no {HELLASWAG}, which llm.c's dev/data/hellaswag.py makes\n"
+    assert (result.returncode, result.stderr) == (0, "" if script.startswith("run_chess") else expected)
+    assert config_of(call[call.index("llmc-train") + 1 :]).hellaswag is False
+
+
+@pytest.mark.parametrize("flags", ["-h 1", "-h=1", "--hellaswag 1", "--hellaswag-data my.bin", "-h 0"])
+def test_hellaswag_as_the_arguments_say(directory, flags):
+    """Also without the file: llmc-train says then what is wrong."""
+    (directory / HELLASWAG).unlink()
+    result = start("run_gpt2_124M.sh", directory, *flags.split())
+    (call,) = calls(directory)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert config_of(call[call.index("llmc-train") + 1 :]).hellaswag is (flags != "-h 0")
 
 
 def test_llmc_is_not_installed(directory):
