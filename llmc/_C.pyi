@@ -154,7 +154,9 @@ class GPT2:
 
     rng_state: int
     last_update_rng_state: int
-    def __init__(self, config: GPT2Config, options: Options, comm: Communicator | None = None) -> None: ...
+    def __init__(
+        self, config: GPT2Config, options: Options, comm: Communicator | None = None, timed: bool = False
+    ) -> None: ...
     @property
     def config(self) -> GPT2Config: ...
     @property
@@ -234,6 +236,10 @@ class GPT2:
 
     def memory(self) -> dict[str, int]:
         """Bytes of the plan by lifetime; each lifetime is allocated when it is first needed."""
+
+    def operation_times(self) -> dict[str, tuple[int, float, float, float]]:
+        """Of a model made with timed=True, what its operations took since the last call: by name, and of products shape
+        m x n x k, (calls, seconds, flops, bytes); see csrc/ops/timed_ops.h."""
 
     def allocated_bytes(self) -> int:
         """Bytes that the model holds now."""

@@ -12,6 +12,7 @@
 #include "cpu/make_cpu_ops.h"
 #include "cuda/make_cuda_ops.h"
 #include "gpt2/model.h"
+#include "ops/timed_ops.h"
 
 namespace llmc::bindings {
 namespace {
@@ -128,6 +129,22 @@ py::dict memory(const GPT2& model) {
   return result;
 }
 
+// What the model was made with; throws if it does not time its operations.
+TimedOps& timed_ops(GPT2& model) {
+  TimedOps* ops = dynamic_cast<TimedOps*>(&model.ops());
+  LLMC_CHECK(ops != nullptr, "the model does not time its operations: make it with timed=True");
+  return *ops;
+}
+
+py::dict operation_times(GPT2& model) {
+  TimedOps& ops = timed_ops(model);
+  py::dict result;
+  for (const auto& [name, time] : ops.times())
+    result[py::str(name)] = py::make_tuple(time.calls, time.seconds, time.flops, time.bytes);
+  ops.forget();
+  return result;
+}
+
 py::list parameter_units(const GPT2Config& config, int world_size) {
   config.validate();
   LLMC_CHECK(world_size >= 1, "world_size is %d, it must be at least 1", world_size);
@@ -223,14 +240,19 @@ void register_model(py::module_& module) {
                           "GPT-2 with its training step; see csrc/gpt2/model.h. Parameters are 0 until init_random() "
                           "or until they are written. On CUDA its work, and so its views, are ordered with torch's "
                           "default stream; on another stream synchronise first.")
-      .def(py::init([](const GPT2Config& config, const Options& options, std::shared_ptr<Communicator> comm) {
-             py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
-             const Device device = options.device;
-             auto ops = device.cuda ? make_cuda_ops(device.index, options.tf32) : make_cpu_ops();
-             if (!comm) comm = std::make_shared<SingleProcess>();
-             return std::make_shared<GPT2>(config, options, std::move(ops), std::move(comm));
-           }),
-           "config"_a, "options"_a, "comm"_a = py::none())
+      .def(py::init(
+               [](const GPT2Config& config, const Options& options, std::shared_ptr<Communicator> comm, bool timed) {
+                 py::gil_scoped_release no_gil_here;  // only here: pybind11 registers the new object with the GIL held
+                 const Device device = options.device;
+                 LLMC_CHECK(!(timed && device.cuda),
+                            "timed: operations on a GPU have not finished when they return; use a "
+                            "profiler, for which the step names its parts");
+                 auto ops = device.cuda ? make_cuda_ops(device.index, options.tf32) : make_cpu_ops();
+                 if (timed) ops = std::make_unique<TimedOps>(std::move(ops));
+                 if (!comm) comm = std::make_shared<SingleProcess>();
+                 return std::make_shared<GPT2>(config, options, std::move(ops), std::move(comm));
+               }),
+           "config"_a, "options"_a, "comm"_a = py::none(), "timed"_a = false)
       .def_property_readonly("rank", &GPT2::rank)
       .def_property_readonly("world_size", &GPT2::world_size)
       .def_property_readonly("config", &GPT2::config)
@@ -283,6 +305,9 @@ void register_model(py::module_& module) {
           "buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
       .def("memory", &memory, "Bytes of the plan by lifetime; each lifetime is allocated when it is first needed.")
+      .def("operation_times", &operation_times,
+           "Of a model made with timed=True, what its operations took since the last call: by name, and of products "
+           "shape m x n x k, a tuple (calls, seconds, flops, bytes); see csrc/ops/timed_ops.h.")
       .def("allocated_bytes", &GPT2::allocated_bytes, "Bytes that the model holds now.");
 }
 

@@ -48,6 +48,7 @@ class GPT2 {
   const ParameterLayout& layout() const { return layout_; }
   int rank() const { return comm_->rank(); }
   int world_size() const { return comm_->size(); }
+  Ops& ops() { return *ops_; }
 
   // Bytes of the device's memory that the model holds now: the plan's, of the lifetimes that were needed so far.
   size_t allocated_bytes() const { return ops_->allocated_bytes(); }
