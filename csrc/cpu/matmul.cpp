@@ -37,9 +37,12 @@ struct TileShape {
 
 // By measurement with MKL on a Xeon with AVX-512 and 2 MiB of L2, at the shapes of GPT-2 124M and of small models. BLAS packs
 // its operands anew for every tile, and packing the transposed one costs most: x·weightᵀ wants high tiles, doutᵀ·x wide ones.
-// x·weightᵀ is 4 to 8 % faster up to 144 columns than beyond; dout·weight with 3072 columns is 40 % slower below 192 rows.
+// x·weightᵀ is 4 to 8 % faster up to 144 columns than beyond; dout·weight is 10 % faster in tiles of 128 rows than in higher
+// ones, but not between rows that lie 12 KiB apart: there it is 15 % slower.
 constexpr TileShape kForward{512, 144, 0.125f};
-constexpr TileShape kBackwardInput{256, 384, 3};
+constexpr TileShape kBackwardInput{128, 768, 1};
+constexpr TileShape kBackwardWideInput{512, 768, 3};
+constexpr int64_t kWideInput = 2048;  // columns; more are wide
 constexpr TileShape kBackwardWeight{384, 768, 4};
 
 constexpr int64_t kFewTiles = 8;           // more cost 5 % for repeated packing, fewer leave cores idle
@@ -168,14 +171,16 @@ void forward(X* out, X* pre, const X* x, const X* weight, const X* bias, int64_t
 template <typename X>
 void backward_input(X* dx, const X* dout, const X* weight, const X* pre, int64_t m, int64_t n, int64_t k) {
   const Product<X> product{m, n, k, dout, false, weight, false};
-  multiply(product, kBackwardInput, fp32_or_null(dx), false, [&](int64_t at, int64_t, int64_t count, const float* c) {
-    if (pre) {
+  multiply(product, n > kWideInput ? kBackwardWideInput : kBackwardInput, fp32_or_null(dx), false,
+           [&](int64_t at, int64_t, int64_t count, const float* c) {
+             if (pre) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) store(dx + at + i, rounded<X>(c[i]) * gelu_grad(to_float(pre[at + i])));
-    } else {
-      add_bias<X>(dx + at, c, nullptr, count);
-    }
-  });
+               for (int64_t i = 0; i < count; ++i)
+                 store(dx + at + i, rounded<X>(c[i]) * gelu_grad(to_float(pre[at + i])));
+             } else {
+               add_bias<X>(dx + at, c, nullptr, count);
+             }
+           });
 }
 
 template <typename X, typename G>
