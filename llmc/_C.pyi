@@ -174,8 +174,12 @@ class GPT2:
     def forward(self, tokens: Tensor) -> None:
         """Run tokens (b,t), int32 or int64, b <= B and t <= T, up to the last layernorm."""
 
+    def extend(self, tokens: Tensor) -> None:
+        """Run tokens (1,n) behind those of the last forward or extend, which must have had one row, at the cost of n
+        positions. Logits may follow, no backward."""
+
     def backward(self, targets: Tensor, micro_step: int = 0, accumulation_steps: int = 1) -> None:
-        """Loss and gradients of the last forward. micro_step 0 zeroes both first; the last one completes the step."""
+        """Loss and gradients of the last forward. micro_step 0 starts both anew; the last one completes the step."""
 
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Per-token losses, fp32 (b,t), without gradients."""
@@ -275,8 +279,9 @@ class ops:
         weight: Tensor,
         mean: Tensor,
         rstd: Tensor,
+        accumulate: bool = True,
     ) -> None:
-        """dx += ..., dweight += ..., dbias += ..."""
+        """dx += ..., dweight += ..., dbias += ..., the last two = without accumulate"""
 
     @staticmethod
     def matmul_forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -295,12 +300,12 @@ class ops:
         """dpre = (dout @ weight) * gelu'(pre)"""
 
     @staticmethod
-    def matmul_backward_weight(dweight: Tensor, dout: Tensor, x: Tensor) -> None:
-        """dweight += dout.T @ x"""
+    def matmul_backward_weight(dweight: Tensor, dout: Tensor, x: Tensor, accumulate: bool = True) -> None:
+        """dweight += dout.T @ x, = without accumulate"""
 
     @staticmethod
-    def bias_backward(dbias: Tensor, dout: Tensor) -> None:
-        """dbias += dout.sum over rows"""
+    def bias_backward(dbias: Tensor, dout: Tensor, accumulate: bool = True) -> None:
+        """dbias += dout.sum over rows, = without accumulate"""
 
     @staticmethod
     def gelu_forward(out: Tensor, x: Tensor) -> None:
@@ -311,8 +316,8 @@ class ops:
         """dx *= gelu'(x), in place"""
 
     @staticmethod
-    def attention_forward(out: Tensor, lse: Tensor, qkv: Tensor, num_heads: int) -> None:
-        """Causal self-attention: out (B,T,C), lse (B,NH,T) from qkv (B,T,3C)"""
+    def attention_forward(out: Tensor, lse: Tensor, qkv: Tensor, num_heads: int, first: int = 0) -> None:
+        """Causal self-attention of the positions from first on: out (B,T,C), lse (B,NH,T) from qkv (B,T,3C)"""
 
     @staticmethod
     def attention_backward(dqkv: Tensor, dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_heads: int) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 SEED = 1337  # every pass starts from it, so that samples of different steps differ by the model alone
-ROW_MULTIPLE = 256  # rows are cut to a multiple of this: short prefixes need no full-length forward pass
 
 MASK_64 = 2**64 - 1
 
@@ -17,6 +16,8 @@ class Model(Protocol):
     """What sampling needs of `llmc._C.GPT2`."""
 
     def forward(self, tokens: torch.Tensor) -> None: ...
+
+    def extend(self, tokens: torch.Tensor) -> None: ...
 
     def logits(self, begin: int, end: int) -> torch.Tensor: ...
 
@@ -53,27 +54,25 @@ def pick(logits: np.ndarray, coin: float) -> int:
     return min(int(np.searchsorted(running_sum, threshold, side="right")), len(logits) - 1)
 
 
-def generate(model: Model, seq_len: int, length: int, start_token: int) -> Iterator[int]:
-    """Yield the length-1 tokens that follow `start_token`.
+def generate(model: Model, length: int, start_token: int) -> Iterator[int]:
+    """Yield the length-1 tokens that follow `start_token`, each at the cost of one position.
 
-    seq_len: the longest row T that the model takes; length: of the text, the start token included, at most T.
+    length: of the text, the start token included, at most what the model takes.
     """
-    row = np.full((1, seq_len), start_token, dtype=np.int32)
-    step = min(seq_len, ROW_MULTIPLE)
     generator = XorShift(SEED)
+    run, token = model.forward, start_token
     for t in range(1, length):
-        width = -(-t // step) * step  # beyond seq_len the slice ends by itself
-        model.forward(torch.from_numpy(row[:, :width].copy()))
+        run(torch.tensor([[token]], dtype=torch.int32))
         token = pick(model.logits(t - 1, t)[0].numpy(), generator.uniform())
-        row[0, t] = token
         yield token
+        run = model.extend
 
 
-def print_sample(model: Model, seq_len: int, length: int, start_token: int, tokenizer: Decoder | None) -> None:
+def print_sample(model: Model, length: int, start_token: int, tokenizer: Decoder | None) -> None:
     """Print a sample as it comes; without a tokenizer as numbers."""
     print("generating:\n---")
     # Tokens may hold parts of a character: the decoder keeps them until the rest is there.
     text = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in generate(model, seq_len, length, start_token):
+    for token in generate(model, length, start_token):
         print(text.decode(tokenizer.printable(token)) if tokenizer else f"{token} ", end="", flush=True)
     print(text.decode(b"", final=True) + "\n---", flush=True)

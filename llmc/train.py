@@ -39,7 +39,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             logger.hellaswag(step, correct, len(run.hellaswag_examples))
         takes_part = ranks.rank == 0 or run.model.options.zero_stage == 3  # where no rank has all the weights
         if takes_part and config.sample_every > 0 and (last or due(step, config.sample_every)):
-            print_sample(run.model, config.seq_len, config.sample_length, run.start_token, run.tokenizer)
+            print_sample(run.model, config.sample_length, run.start_token, run.tokenizer)
         if output_dir and config.checkpoint_every > 0 and (last or due(step, config.checkpoint_every)):
             write_checkpoint(run, output_dir, step)
         if last:

@@ -214,10 +214,11 @@ class Sizes:
         for OC, IC in ((3, 1), (1, 1), (4, 1), (1, 4)):
             OC, IC = OC * self.C, IC * self.C
             activations, weight = self.N * (OC + IC), OC * IC
-            moved += self.L * self.x * (3 * activations + 2 * weight + 2 * weight)
+            moved += self.L * self.x * (3 * activations + 2 * weight + weight)
             flops += self.L * 3 * 2 * self.N * OC * IC
         head = self.Vp * self.C
-        moved += 3 * self.x * self.N * (self.Vp + self.C) + self.chunks * head * (2 * self.x + 2 * 4)
+        moved += 3 * self.x * self.N * (self.Vp + self.C)
+        moved += head * (2 * self.x * self.chunks + 4 * (2 * self.chunks - 1))  # the first chunk's gradient overwrites
         flops += 3 * 2 * self.N * head
         return Work(moved, flops)
 
@@ -235,11 +236,11 @@ WORK: dict[str, Callable[[Sizes], Work]] = {  # by a pattern of the kernel's nam
     "attention_dq_kernel*": lambda s: Work(s.L * s.N * (5 * s.x * s.C + 8 * s.NH), 3 * s.attention),
     "attention_dkdv_kernel*": lambda s: Work(s.L * s.N * (6 * s.x * s.C + 8 * s.NH), 4 * s.attention),
     "bias_partials_kernel*": lambda s: Work(9 * s.L * s.x * s.N * s.C),
-    "add_groups_kernel*": lambda s: Work(2 * s.x * s.C * (9 * s.L + 2 * (2 * s.L + 1))),
+    "add_groups_kernel*": lambda s: Work(s.x * s.C * (9 * s.L + 2 * (2 * s.L + 1))),
     "gelu_forward_kernel*": lambda s: Work(2 * s.L * 2 * s.x * s.N * 4 * s.C),
     "gelu_backward_kernel*": lambda s: Work(s.L * 3 * s.x * s.N * 4 * s.C),
     "fused_classifier_kernel*": lambda s: Work(2 * s.x * s.N * s.Vp),
-    "accumulate_kernel*": lambda s: Work(s.Vp * s.C * (4 + 2 * s.x)),
+    "cast_kernel*": lambda s: Work(s.Vp * s.C * (4 + s.x)),
     "partial_sums_kernel<true>": lambda s: Work(s.x * s.parameters),
     "partial_sums_kernel<false>": lambda s: Work(4 * s.N),
     "add_partials_kernel": lambda s: Work(0),

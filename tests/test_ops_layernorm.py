@@ -78,7 +78,8 @@ def test_backward(shape: tuple[int, int], dtype: torch.dtype, grad_dtype: torch.
     mean, rstd = statistics(x)
     dx, dweight, dbias = normal(shape, dtype, 2), normal((C,), grad_dtype, 3), normal((C,), grad_dtype, 4)
     start = [t.double() for t in (dx, dweight, dbias)]
-    ops.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean.float().flatten(), rstd.float().flatten())
+    mean32, rstd32 = mean.float().flatten(), rstd.float().flatten()
+    ops.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean32, rstd32)
 
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     b64 = torch.zeros(C, dtype=torch.float64, requires_grad=True)
@@ -93,6 +94,14 @@ def test_backward(shape: tuple[int, int], dtype: torch.dtype, grad_dtype: torch.
     assert_within(dx, start[0] + grads[0], 32 * F32 * dx_terms + F32 * start[0].abs())
     assert_within(dweight, start[1] + grads[1], 16 * F32 * (dout.double().abs() * xhat).sum(0) + F32 * start[1].abs())
     assert_within(dbias, start[2] + grads[2], 16 * F32 * dout.double().abs().sum(0) + F32 * start[2].abs())
+
+    # Without accumulation the parameters' gradients start from zero; dx always accumulates.
+    expected, found = torch.zeros(2, C, dtype=grad_dtype), torch.full((2, C), torch.nan, dtype=grad_dtype)
+    for gradients, how in ((expected, {}), (found, {"accumulate": False})):
+        again = start[0].to(dtype)
+        ops.layernorm_backward(again, *gradients, dout, x, weight, mean32, rstd32, **how)
+        assert same_bits(again, dx)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES_X_G)

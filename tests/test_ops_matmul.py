@@ -39,6 +39,21 @@ def product_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (math.sqrt(a.shape[1]) + 4) * F32 * (a.double().abs() @ b.double().abs())
 
 
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES_X_G)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_accumulation_gradients_start_from_zero(
+    shape: tuple[int, int, int], dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    N, IC, OC = shape
+    dout, x = normal((N, OC), dtype, seed=N), normal((N, IC), dtype, seed=IC)
+    for result, gradient in [((OC, IC), lambda d, **how: ops.matmul_backward_weight(d, dout, x, **how)),
+                             ((OC,), lambda d, **how: ops.bias_backward(d, dout, **how))]:  # fmt: skip
+        expected, found = torch.zeros(result, dtype=grad_dtype), torch.full(result, torch.nan, dtype=grad_dtype)
+        gradient(expected)
+        gradient(found, accumulate=False)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -54,20 +54,21 @@ def test_edges_of_the_walk():
 
 
 class Successor:
-    """A model that is sure of the next token: the token before it plus one. Notes the width of every forward."""
+    """A model that is sure of the next token: the token before it plus one. Each of its tokens may come once."""
 
-    def __init__(self, vocab_size, start):
-        self.vocab_size, self.start = vocab_size, start
-        self.widths = []
+    def __init__(self, vocab_size):
+        self.vocab_size, self.row = vocab_size, torch.empty(0)
 
     def forward(self, tokens):
         assert tokens.dtype == torch.int32 and tokens.shape[0] == 1
         self.row = tokens[0]
-        self.widths.append(tokens.shape[1])
+
+    def extend(self, tokens):
+        assert tokens.dtype == torch.int32 and tokens.shape[0] == 1 and len(self.row) > 0
+        self.row = torch.cat([self.row, tokens[0]])
 
     def logits(self, begin, end):
-        # Behind the text lies the start token, as at the beginning.
-        assert (self.row[end:] == self.start).all()
+        assert end == len(self.row)
         rows = torch.full((end - begin, self.vocab_size), -100.0)
         for row, token in zip(rows, self.row[begin:end], strict=True):
             row[(int(token) + 1) % self.vocab_size] = 100.0
@@ -75,24 +76,10 @@ class Successor:
 
 
 def test_generate_feeds_back_its_own_tokens():
-    model = Successor(50, start=7)
-    assert list(generate(model, seq_len=16, length=16, start_token=7)) == list(range(8, 23))
-    assert list(generate(model, seq_len=16, length=1, start_token=7)) == []
-
-
-@pytest.mark.parametrize(
-    ("seq_len", "length", "widths"),
-    [
-        (16, 16, [16] * 15),
-        (1024, 259, [256] * 256 + [512] * 2),
-        (300, 259, [256] * 256 + [300] * 2),  # 512 would be longer than the row
-    ],
-)
-def test_rows_are_as_short_as_the_text_allows(seq_len, length, widths):
-    model = Successor(400, start=0)
-    tokens = list(generate(model, seq_len, length, start_token=0))
-    assert tokens == list(range(1, length))
-    assert model.widths == widths
+    model = Successor(50)
+    assert list(generate(model, length=16, start_token=7)) == list(range(8, 23))
+    assert model.row.tolist() == list(range(7, 22))
+    assert list(generate(model, length=1, start_token=7)) == []
 
 
 class Letters:
@@ -101,11 +88,11 @@ class Letters:
 
 
 def test_printed_text(capsys):
-    print_sample(Successor(50, 0), seq_len=8, length=8, start_token=0, tokenizer=Letters())
+    print_sample(Successor(50), length=8, start_token=0, tokenizer=Letters())
     # Token 1 is a line feed, 2 and 3 are the halves of é, 4 prints nothing.
     assert capsys.readouterr().out == "generating:\n---\n\néefg\n---\n"
 
 
 def test_printed_numbers(capsys):
-    print_sample(Successor(50, 0), seq_len=8, length=5, start_token=0, tokenizer=None)
+    print_sample(Successor(50), length=5, start_token=0, tokenizer=None)
     assert capsys.readouterr().out == "generating:\n---\n1 2 3 4 \n---\n"

@@ -268,8 +268,18 @@ void register_model(py::module_& module) {
             self.forward(ids.const_data_ptr<int32_t>(), ids.size(0), ids.size(1));
           },
           no_gil, "tokens"_a, "Run tokens (b,t), b <= B and t <= T, up to the last layernorm.")
+      .def(
+          "extend",
+          [](GPT2& self, const at::Tensor& tokens) {
+            const at::Tensor ids = ids_argument("tokens", tokens);
+            LLMC_CHECK(ids.size(0) == 1, "tokens must have one row, it has %" PRId64, ids.size(0));
+            self.extend(ids.const_data_ptr<int32_t>(), ids.size(1));
+          },
+          no_gil, "tokens"_a,
+          "Run tokens (1,n) behind those of the last forward or extend, which must have had one row, at the cost of n "
+          "positions. Logits may follow, no backward.")
       .def("backward", &backward, no_gil, "targets"_a, "micro_step"_a = 0, "accumulation_steps"_a = 1,
-           "Loss and gradients of the last forward. micro_step 0 zeroes both first; the last one completes the step.")
+           "Loss and gradients of the last forward. micro_step 0 starts both anew; the last one completes the step.")
       .def("evaluate", &evaluate, no_gil, "tokens"_a, "targets"_a, "Per-token losses, fp32 (b,t), without gradients.")
       .def("logits", &logits, no_gil, "begin"_a, "end"_a,
            "Logits, fp32 (end - begin, V), of rows [begin, end) of the last forward's (b*t) rows.")

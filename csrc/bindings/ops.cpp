@@ -109,7 +109,7 @@ void residual_layernorm_forward(TensorArg residual, TensorArg out, TensorArg mea
 }
 
 void layernorm_backward(TensorArg dx, TensorArg dweight, TensorArg dbias, TensorArg dout, TensorArg x, TensorArg weight,
-                        TensorArg mean, TensorArg rstd) {
+                        TensorArg mean, TensorArg rstd, bool accumulate) {
   Arguments a("layernorm_backward");
   const Tensor dout_ = a.in("dout", dout, "X", "N C");
   const Tensor x_ = a.in("x", x, "X", "N C");
@@ -120,7 +120,7 @@ void layernorm_backward(TensorArg dx, TensorArg dweight, TensorArg dbias, Tensor
   const Tensor dweight_ = a.out("dweight", dweight, "G", "C");
   const Tensor dbias_ = a.out("dbias", dbias, "G", "C");
   LLMC_CHECK(dweight_.dtype == dbias_.dtype, "layernorm_backward: dweight and dbias must have the same dtype");
-  CurrentOps(a.device())->layernorm_backward(dx_, dweight_, dbias_, dout_, x_, weight_, mean_, rstd_);
+  CurrentOps(a.device())->layernorm_backward(dx_, dweight_, dbias_, dout_, x_, weight_, mean_, rstd_, accumulate);
 }
 
 Tensor optional_bias(Arguments& a, OptionalTensorArg bias) { return bias ? a.in("bias", *bias, "X", "OC") : Tensor{}; }
@@ -161,19 +161,19 @@ void matmul_gelu_backward_input(TensorArg dpre, TensorArg dout, TensorArg weight
   CurrentOps(a.device())->matmul_gelu_backward_input(dpre_, dout_, weight_, pre_);
 }
 
-void matmul_backward_weight(TensorArg dweight, TensorArg dout, TensorArg x) {
+void matmul_backward_weight(TensorArg dweight, TensorArg dout, TensorArg x, bool accumulate) {
   Arguments a("matmul_backward_weight");
   const Tensor dout_ = a.in("dout", dout, "X", "N OC");
   const Tensor x_ = a.in("x", x, "X", "N IC");
   const Tensor dweight_ = a.out("dweight", dweight, "G", "OC IC");
-  CurrentOps(a.device())->matmul_backward_weight(dweight_, dout_, x_);
+  CurrentOps(a.device())->matmul_backward_weight(dweight_, dout_, x_, accumulate);
 }
 
-void bias_backward(TensorArg dbias, TensorArg dout) {
+void bias_backward(TensorArg dbias, TensorArg dout, bool accumulate) {
   Arguments a("bias_backward");
   const Tensor dout_ = a.in("dout", dout, "X", "N OC");
   const Tensor dbias_ = a.out("dbias", dbias, "G", "OC");
-  CurrentOps(a.device())->bias_backward(dbias_, dout_);
+  CurrentOps(a.device())->bias_backward(dbias_, dout_, accumulate);
 }
 
 void gelu_forward(TensorArg out, TensorArg x) {
@@ -190,13 +190,15 @@ void gelu_backward(TensorArg dx, TensorArg x) {
   CurrentOps(a.device())->gelu_backward(dx_, x_);
 }
 
-void attention_forward(TensorArg out, TensorArg lse, TensorArg qkv, int64_t num_heads) {
+void attention_forward(TensorArg out, TensorArg lse, TensorArg qkv, int64_t num_heads, int64_t first) {
   Arguments a("attention_forward");
   const Tensor qkv_ = a.in("qkv", qkv, "X", "B T 3C");
   const Tensor out_ = a.out("out", out, "X", "B T C");
   const Tensor lse_ = a.out("lse", lse, "f32", "B NH T");
   check_heads(a, "attention_forward", num_heads);
-  CurrentOps(a.device())->attention_forward(out_, lse_, qkv_, num_heads);
+  LLMC_CHECK(first >= 0 && first < a.dimension("T"),
+             "attention_forward: first is %" PRId64 ", it must be in [0, %" PRId64 ")", first, a.dimension("T"));
+  CurrentOps(a.device())->attention_forward(out_, lse_, qkv_, num_heads, first);
 }
 
 void attention_backward(TensorArg dqkv, TensorArg dout, TensorArg out, TensorArg lse, TensorArg qkv,
@@ -328,7 +330,8 @@ void register_ops(py::module_& module) {
   m.def("residual_layernorm_forward", &residual_layernorm_forward, no_gil, "residual"_a, "out"_a, "mean"_a, "rstd"_a,
         "a"_a, "b"_a, "weight"_a, "bias"_a, "residual = a + b; out = layernorm(residual)");
   m.def("layernorm_backward", &layernorm_backward, no_gil, "dx"_a, "dweight"_a, "dbias"_a, "dout"_a, "x"_a, "weight"_a,
-        "mean"_a, "rstd"_a, "dx += ..., dweight += ..., dbias += ...");
+        "mean"_a, "rstd"_a, "accumulate"_a = true,
+        "dx += ..., dweight += ..., dbias += ..., the last two = without accumulate");
   m.def("matmul_forward", &matmul_forward, no_gil, "out"_a, "x"_a, "weight"_a, "bias"_a = py::none(),
         "out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias");
   m.def("matmul_gelu_forward", &matmul_gelu_forward, no_gil, "out"_a, "pre"_a, "x"_a, "weight"_a, "bias"_a = py::none(),
@@ -336,13 +339,14 @@ void register_ops(py::module_& module) {
   m.def("matmul_backward_input", &matmul_backward_input, no_gil, "dx"_a, "dout"_a, "weight"_a, "dx = dout @ weight");
   m.def("matmul_gelu_backward_input", &matmul_gelu_backward_input, no_gil, "dpre"_a, "dout"_a, "weight"_a, "pre"_a,
         "dpre = (dout @ weight) * gelu'(pre)");
-  m.def("matmul_backward_weight", &matmul_backward_weight, no_gil, "dweight"_a, "dout"_a, "x"_a,
-        "dweight += dout.T @ x");
-  m.def("bias_backward", &bias_backward, no_gil, "dbias"_a, "dout"_a, "dbias += dout.sum over rows");
+  m.def("matmul_backward_weight", &matmul_backward_weight, no_gil, "dweight"_a, "dout"_a, "x"_a, "accumulate"_a = true,
+        "dweight += dout.T @ x, = without accumulate");
+  m.def("bias_backward", &bias_backward, no_gil, "dbias"_a, "dout"_a, "accumulate"_a = true,
+        "dbias += dout.sum over rows, = without accumulate");
   m.def("gelu_forward", &gelu_forward, no_gil, "out"_a, "x"_a, "out = gelu(x), tanh form");
   m.def("gelu_backward", &gelu_backward, no_gil, "dx"_a, "x"_a, "dx *= gelu'(x), in place");
-  m.def("attention_forward", &attention_forward, no_gil, "out"_a, "lse"_a, "qkv"_a, "num_heads"_a,
-        "Causal self-attention: out (B,T,C), lse (B,NH,T) from qkv (B,T,3C)");
+  m.def("attention_forward", &attention_forward, no_gil, "out"_a, "lse"_a, "qkv"_a, "num_heads"_a, "first"_a = 0,
+        "Causal self-attention of the positions from first on: out (B,T,C), lse (B,NH,T) from qkv (B,T,3C)");
   m.def("attention_backward", &attention_backward, no_gil, "dqkv"_a, "dout"_a, "out"_a, "lse"_a, "qkv"_a, "num_heads"_a,
         "dqkv = gradient of attention_forward");
   m.def("fused_classifier", &fused_classifier, no_gil, "logits"_a, "losses"_a, "targets"_a, "vocab_size"_a, "dloss"_a,

@@ -52,4 +52,10 @@ LLMC_INLINE void store(bf16* p, float x) {
   p->bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
+// *p = x, or *p += x with one rounding.
+template <typename X>
+LLMC_INLINE void add_to(X* p, float x, bool accumulate) {
+  store(p, accumulate ? to_float(*p) + x : x);
+}
+
 }  // namespace llmc

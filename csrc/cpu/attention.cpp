@@ -167,17 +167,17 @@ void forward_queries(X* out, float* lse, const X* qkv, const Shape& s, int64_t b
 }
 
 template <typename X>
-void forward(X* out, float* lse, const X* qkv, const Shape& s) {
-  const int64_t C = s.C(), heads = s.B * s.NH;
-  int64_t chunk = divide_up(s.T, kQueries) * kQueries;
-  while (heads * divide_up(s.T, chunk) < kEnoughItems && chunk > kQueries) {
+void forward(X* out, float* lse, const X* qkv, const Shape& s, int64_t first) {
+  const int64_t C = s.C(), heads = s.B * s.NH, queries = s.T - first;
+  int64_t chunk = divide_up(queries, kQueries) * kQueries;
+  while (heads * divide_up(queries, chunk) < kEnoughItems && chunk > kQueries) {
     chunk = divide_up(chunk / 2, kQueries) * kQueries;
   }
-  const int64_t chunks = divide_up(s.T, chunk), items = heads * chunks;
+  const int64_t chunks = divide_up(queries, chunk), items = heads * chunks;
 #pragma omp parallel for schedule(dynamic, 1) if (items > 1)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t b = item % heads / s.NH, h = item % heads % s.NH;
-    const int64_t begin = (chunks - 1 - item / heads) * chunk;  // the last queries first: they take longest
+    const int64_t begin = first + (chunks - 1 - item / heads) * chunk;  // the last queries first: they take longest
     forward_queries(out + b * s.T * C + h * s.HS, lse + (b * s.NH + h) * s.T, qkv + b * s.T * 3 * C + h * s.HS, s,
                     begin, min(begin + chunk, s.T));
   }
@@ -305,11 +305,11 @@ void backward(X* dqkv, const X* dout, const X* out, const float* lse, const X* q
 
 }  // namespace
 
-void CpuOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) {
+void CpuOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) {
   dispatch(qkv.dtype, [&](auto zero) {
     using X = decltype(zero);
     const Shape shape{qkv.shape[0], qkv.shape[1], num_heads, qkv.last() / 3 / num_heads};
-    forward<X>(out.as<X>(), lse.as<float>(), qkv.as<X>(), shape);
+    forward<X>(out.as<X>(), lse.as<float>(), qkv.as<X>(), shape, first);
   });
 }
 

@@ -103,7 +103,7 @@ LLMC_INLINE void backward_row(X* dx, float* dweight, float* dbias, const X* dout
 // sums: fp32 (groups, 2, C)
 template <typename X, typename G>
 void backward(X* dx, G* dweight, G* dbias, const X* dout, const X* x, const X* weight, const float* mean,
-              const float* rstd, float* sums, int64_t groups, int64_t N, int64_t C) {
+              const float* rstd, float* sums, int64_t groups, int64_t N, int64_t C, bool accumulate) {
 #pragma omp parallel if (N * C >= kParallelWork)
   {
 #pragma omp for schedule(static)
@@ -123,8 +123,8 @@ void backward(X* dx, G* dweight, G* dbias, const X* dout, const X* x, const X* w
         dweight_sum += sums[(group * 2) * C + c];
         dbias_sum += sums[(group * 2 + 1) * C + c];
       }
-      store(&dweight[c], to_float(dweight[c]) + dweight_sum);
-      store(&dbias[c], to_float(dbias[c]) + dbias_sum);
+      add_to(&dweight[c], dweight_sum, accumulate);
+      add_to(&dbias[c], dbias_sum, accumulate);
     }
   }
 }
@@ -149,7 +149,7 @@ void CpuOps::residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean
 }
 
 void CpuOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,
-                                Tensor mean, Tensor rstd) {
+                                Tensor mean, Tensor rstd, bool accumulate) {
   const int64_t N = x.rows();
   const int64_t C = x.last();
   const int64_t wanted = (N + kGroupRows - 1) / kGroupRows;
@@ -159,7 +159,7 @@ void CpuOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor 
     using X = decltype(a);
     using G = decltype(b);
     backward(dx.as<X>(), dweight.as<G>(), dbias.as<G>(), dout.as<X>(), x.as<X>(), weight.as<X>(), mean.as<float>(),
-             rstd.as<float>(), sums, groups, N, C);
+             rstd.as<float>(), sums, groups, N, C, accumulate);
   });
 }
 

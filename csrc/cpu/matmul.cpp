@@ -184,20 +184,20 @@ void backward_input(X* dx, const X* dout, const X* weight, const X* pre, int64_t
 }
 
 template <typename X, typename G>
-void backward_weight(G* dweight, const X* dout, const X* x, int64_t m, int64_t n, int64_t k) {
+void backward_weight(G* dweight, const X* dout, const X* x, int64_t m, int64_t n, int64_t k, bool accumulate) {
   const Product<X> product{m, n, k, dout, true, x, false};
   float* direct = fp32_or_null(dweight);
   const auto add = [&](int64_t at, int64_t, int64_t count, const float* c) {
     if (direct) return;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) store(dweight + at + i, to_float(dweight[at + i]) + c[i]);
+    for (int64_t i = 0; i < count; ++i) add_to(dweight + at + i, c[i], accumulate);
   };
-  multiply(product, kBackwardWeight, direct, direct != nullptr, add);
+  multiply(product, kBackwardWeight, direct, direct != nullptr && accumulate, add);
 }
 
 // One strip of columns, summed over the rows from top to bottom.
 template <typename X, typename G>
-void bias_strip(G* dbias, const X* dout, int64_t rows, int64_t ld, int64_t count) {
+void bias_strip(G* dbias, const X* dout, int64_t rows, int64_t ld, int64_t count, bool accumulate) {
   alignas(64) float sum[kStrip] = {};
   if (count == kStrip) {  // a constant count keeps the sums in registers
     for (int64_t row = 0; row < rows; ++row, dout += ld) {
@@ -209,7 +209,7 @@ void bias_strip(G* dbias, const X* dout, int64_t rows, int64_t ld, int64_t count
       for (int64_t i = 0; i < count; ++i) sum[i] += to_float(dout[i]);
     }
   }
-  for (int64_t i = 0; i < count; ++i) store(dbias + i, to_float(dbias[i]) + sum[i]);
+  for (int64_t i = 0; i < count; ++i) add_to(dbias + i, sum[i], accumulate);
 }
 
 }  // namespace
@@ -244,22 +244,23 @@ void CpuOps::matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight,
   });
 }
 
-void CpuOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) {
+void CpuOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) {
   dispatch(dout.dtype, dweight.dtype, [&](auto zero_x, auto zero_g) {
     using X = decltype(zero_x);
     using G = decltype(zero_g);
-    backward_weight<X, G>(dweight.as<G>(), dout.as<X>(), x.as<X>(), dout.last(), x.last(), dout.rows());
+    backward_weight<X, G>(dweight.as<G>(), dout.as<X>(), x.as<X>(), dout.last(), x.last(), dout.rows(), accumulate);
   });
 }
 
-void CpuOps::bias_backward(Tensor dbias, Tensor dout) {
+void CpuOps::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
   dispatch(dout.dtype, dbias.dtype, [&](auto zero_x, auto zero_g) {
     using X = decltype(zero_x);
     using G = decltype(zero_g);
     const int64_t rows = dout.rows(), channels = dout.last();
 #pragma omp parallel for schedule(static) if (rows * channels > 16384)
     for (int64_t begin = 0; begin < channels; begin += kStrip) {
-      bias_strip<X, G>(dbias.as<G>() + begin, dout.as<X>() + begin, rows, channels, min(kStrip, channels - begin));
+      bias_strip<X, G>(dbias.as<G>() + begin, dout.as<X>() + begin, rows, channels, min(kStrip, channels - begin),
+                       accumulate);
     }
   });
 }

@@ -28,7 +28,7 @@ constexpr size_t kSharedBytes =
     sizeof(typename Arithmetic::X) * (Tile<typename Arithmetic::X, kQueries, kHS>::kElements +
                                       4 * Tile<typename Arithmetic::X, kKeys<Arithmetic, kHS>, kHS>::kElements);
 
-// The tiles of queries are taken from the last to the first. scale = 1/√HS.
+// The tiles of queries are taken from the last to the first, as many as there are blocks for. scale = 1/√HS.
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     attention_forward_kernel(X* out, float* lse, const X* qkv, int heads, int T, int NH, int HS, float scale) {
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Place place(heads);
   const HeadViews views(place, T, NH, HS);
   const Head<const X> queries = views.of_qkv(qkv, 0), keys = views.of_qkv(qkv, 1), values = views.of_qkv(qkv, 2);
-  const int first_query = (place.tiles - 1 - place.tile) * kQueries;
+  const int first_query = ((T + kQueries - 1) / kQueries - 1 - place.tile) * kQueries;
   const int tiles = (min(T, first_query + kQueries) + kKeys - 1) / kKeys;
 
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kWarpRows;  // the warp's rows of the tile
@@ -112,25 +112,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <typename Arithmetic, typename X = typename Arithmetic::X>
-void forward(X* out, float* lse, const X* qkv, int64_t B, int64_t T, int64_t NH, int64_t HS, cudaStream_t stream) {
+void forward(X* out, float* lse, const X* qkv, int64_t B, int64_t T, int64_t NH, int64_t HS, int64_t first,
+             cudaStream_t stream) {
+  const unsigned tiles = blocks_for(T, kQueries) - unsigned(first / kQueries);
   dispatch_head_size(HS, [&](auto padded) {
     constexpr int kHS = decltype(padded)::value;
-    launch(attention_forward_kernel<Arithmetic, kHS>, unsigned(B * NH) * blocks_for(T, kQueries), kThreads,
-           kSharedBytes<Arithmetic, kHS>, stream, out, lse, qkv, int(B * NH), int(T), int(NH), int(HS),
-           1 / std::sqrt(float(HS)));
+    launch(attention_forward_kernel<Arithmetic, kHS>, unsigned(B * NH) * tiles, kThreads, kSharedBytes<Arithmetic, kHS>,
+           stream, out, lse, qkv, int(B * NH), int(T), int(NH), int(HS), 1 / std::sqrt(float(HS)));
   });
 }
 
 }  // namespace
 
-void CudaOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) {
+void CudaOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) {
   const int64_t B = qkv.shape[0], T = qkv.shape[1], HS = out.last() / num_heads;
   if (qkv.dtype == DType::BF16) {
-    forward<Bf16>(out.as<bf16>(), lse.as<float>(), qkv.as<bf16>(), B, T, num_heads, HS, stream_);
+    forward<Bf16>(out.as<bf16>(), lse.as<float>(), qkv.as<bf16>(), B, T, num_heads, HS, first, stream_);
   } else if (tf32_) {
-    forward<Tf32>(out.as<float>(), lse.as<float>(), qkv.as<float>(), B, T, num_heads, HS, stream_);
+    forward<Tf32>(out.as<float>(), lse.as<float>(), qkv.as<float>(), B, T, num_heads, HS, first, stream_);
   } else {
-    forward<Fp32>(out.as<float>(), lse.as<float>(), qkv.as<float>(), B, T, num_heads, HS, stream_);
+    forward<Fp32>(out.as<float>(), lse.as<float>(), qkv.as<float>(), B, T, num_heads, HS, first, stream_);
   }
 }
 

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void CudaOps::bias_backward(Tensor dbias, Tensor dout) {
+void CudaOps::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
   const int64_t N = dout.rows(), OC = dout.last(), groups = workspace::groups(N, OC);
   check_channels("bias_backward", OC);
   float* partials = static_cast<float*>(scratch(workspace::bias_backward(N, OC)));
@@ -43,7 +43,7 @@ void CudaOps::bias_backward(Tensor dbias, Tensor dout) {
     using G = decltype(g);
     launch(bias_partials_kernel<X>, blocks_for(groups * OC / Packed<X>::size, kThreads), kThreads, 0, stream_, partials,
            dout.as<X>(), int(groups), N, int(OC));
-    add_groups<G>({dbias.as<G>()}, partials, groups, OC, stream_);
+    add_groups<G>({dbias.as<G>()}, partials, groups, OC, accumulate, stream_);
   });
 }
 

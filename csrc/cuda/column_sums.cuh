@@ -21,12 +21,12 @@ struct ColumnSums {
   G* second = nullptr;  // (C), or absent
 };
 
-// first[c] += Σ_group partials[group, 0, c], second[c] += Σ_group partials[group, 1, c]. Block (x,y) has some columns
+// first[c] = or += Σ_group partials[group, 0, c], second[c] = or += Σ_group partials[group, 1, c]. Block (x,y) has some columns
 // of the y-th output. A thread takes four columns by 128-bit loads; the eight threads of a lane take a whole cache
 // line.
 template <typename G>
 __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
-    add_groups_kernel(ColumnSums<G> out, const float* partials, int groups, int64_t C) {
+    add_groups_kernel(ColumnSums<G> out, const float* partials, int groups, int64_t C, bool accumulate) {
   __shared__ Packed<float> sums[kSumLanes][kSumColumns / 4];
   const int quad = threadIdx.x % (kSumColumns / 4), lane = threadIdx.x / (kSumColumns / 4);
   const int64_t begin = int64_t(blockIdx.x) * kSumColumns, stride = gridDim.y * C;
@@ -46,14 +46,15 @@ __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
   float total = 0;
   for (int l = 0; l < kSumLanes; l++) total += sums[l][column / 4][column % 4];
   G* p = (blockIdx.y == 0 ? out.first : out.second) + begin + column;
-  *p = from_float<G>(to_float(*p) + total);
+  *p = from_float<G>(accumulate ? to_float(*p) + total : total);
 }
 
 // partials f32 (groups, number of outputs, C), C a multiple of 4.
 template <typename G>
-void add_groups(const ColumnSums<G>& out, const float* partials, int64_t groups, int64_t C, cudaStream_t stream) {
+void add_groups(const ColumnSums<G>& out, const float* partials, int64_t groups, int64_t C, bool accumulate,
+                cudaStream_t stream) {
   launch(add_groups_kernel<G>, dim3(blocks_for(C, kSumColumns), out.second ? 2 : 1), kSumColumns / 4 * kSumLanes, 0,
-         stream, out, partials, int(groups), C);
+         stream, out, partials, int(groups), C, accumulate);
 }
 
 }  // namespace llmc::cuda

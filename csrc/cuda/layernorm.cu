@@ -297,7 +297,7 @@ void CudaOps::residual_layernorm_forward(Tensor residual, Tensor out, Tensor mea
 }
 
 void CudaOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,
-                                 Tensor mean, Tensor rstd) {
+                                 Tensor mean, Tensor rstd, bool accumulate) {
   const int64_t N = x.rows(), C = x.last(), groups = workspace::groups(N, C);
   check_channels("layernorm_backward", C);
   float* partials = static_cast<float*>(scratch(workspace::layernorm_backward(N, C)));
@@ -306,7 +306,7 @@ void CudaOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor
     using G = decltype(g);
     backward(dx.as<X>(), partials, dout.as<X>(), x.as<X>(), weight.as<X>(), mean.as<float>(), rstd.as<float>(), groups,
              N, C, stream_);
-    add_groups<G>({dweight.as<G>(), dbias.as<G>()}, partials, groups, C, stream_);
+    add_groups<G>({dweight.as<G>(), dbias.as<G>()}, partials, groups, C, accumulate, stream_);
   });
 }
 

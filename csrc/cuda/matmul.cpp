@@ -59,13 +59,13 @@ void CudaOps::matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight
   gelu_backward(dpre, pre);
 }
 
-void CudaOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) {
+void CudaOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) {
   Product product;
   product.d = dweight;
   product.a = dout;
   product.transpose_a = true;
   product.b = x;
-  product.accumulate = true;
+  product.accumulate = accumulate;
   multiply(product);
 }
 

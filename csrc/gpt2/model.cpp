@@ -50,7 +50,7 @@ Tensor GPT2::buffer(const std::string& name) {
 
 Tensor GPT2::rows(const std::string& name) {
   const Tensor whole = buffer(name);
-  return whole.ndim == 3 ? slice_rows(whole, 0, batch_ * seq_) : slice_elements(whole, 0, batch_ * seq_);
+  return whole.ndim == 3 ? slice_rows(whole, first_, batch_ * seq_) : slice_elements(whole, first_, batch_ * seq_);
 }
 
 Tensor GPT2::block_rows(int64_t layer, const char* name) { return rows("h" + std::to_string(layer) + "." + name); }
@@ -60,7 +60,14 @@ Tensor GPT2::block_lse(int64_t layer) {
   return make_tensor(whole.data, whole.dtype, batch_, config_.num_heads, seq_);
 }
 
-Tensor GPT2::shaped(Tensor rows) const { return make_tensor(rows.data, rows.dtype, batch_, seq_, rows.last()); }
+Tensor GPT2::shaped(Tensor rows) const {
+  return make_tensor(rows.data, rows.dtype, batch_, seq_ - first_, rows.last());
+}
+
+Tensor GPT2::block_sequence(int64_t layer, const char* name) {
+  const Tensor whole = buffer("h" + std::to_string(layer) + "." + name);
+  return make_tensor(whole.data, whole.dtype, batch_, seq_, whole.last());
+}
 
 // --- forward -----------------------------------------------------------------------------------------------------------
 
@@ -78,6 +85,27 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
              options_.batch_size, options_.seq_len);
   backward_allowed_ = logits_allowed_ = false;
   check_ids("tokens", tokens, b, t);
+  batch_ = b;
+  first_ = 0;
+  seq_ = t;
+  run_forward(tokens);
+  backward_allowed_ = true;
+}
+
+void GPT2::extend(const int32_t* tokens, int64_t n) {
+  LLMC_CHECK(logits_allowed_, "extend needs a forward of its own first");
+  LLMC_CHECK(batch_ == 1, "extend needs a forward of one row, the last one had %" PRId64, batch_);
+  LLMC_CHECK(n >= 1 && seq_ + n <= options_.seq_len,
+             "%" PRId64 " tokens after %" PRId64 " do not fit the model's %" PRId64, n, seq_, options_.seq_len);
+  check_ids("tokens", tokens, 1, n);
+  backward_allowed_ = logits_allowed_ = false;
+  first_ = seq_;
+  seq_ += n;
+  run_forward(tokens);
+}
+
+// The positions [first_, seq_).
+void GPT2::run_forward(const int32_t* tokens) {
   const OnDevice on_device(*ops_);
   const Range range(*ops_, "forward");
   // The host is never more than two micro-steps ahead, so that it waits for a missing rank here and nowhere without a
@@ -85,23 +113,22 @@ void GPT2::forward(const int32_t* tokens, int64_t b, int64_t t) {
   comm_->finish(before_last_forward_);
   before_last_forward_ = last_ticket_;
   forget_gathered();
-  batch_ = b;
-  seq_ = t;
-  host_tokens_.assign(tokens, tokens + b * t);
-  ops_->upload(rows("tokens"), tokens);
+  const Tensor ids = rows("tokens");
+  host_tokens_.assign(tokens, tokens + ids.numel());
+  ops_->upload(ids, tokens);
 
   gather(0);
   gather(1);
   const Tensor encoded = rows("encoded");
-  const Tensor ids = rows("tokens");
   use(0);
-  ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, b, t), parameter(kWte), parameter(kWpe));
+  ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, batch_, seq_ - first_), parameter(kWte),
+                          slice_rows(parameter(kWpe), first_, config_.max_seq_len));
   const bool keep_layernorms = options_.recompute < 2;
   use(1);
   ops_->layernorm_forward(keep_layernorms ? block_rows(0, "ln1") : rows("lnf"), block_rows(0, "ln1_mean"),
                           block_rows(0, "ln1_rstd"), encoded, parameter(kLn1w, 0), parameter(kLn1b, 0));
   for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
-  backward_allowed_ = logits_allowed_ = true;
+  logits_allowed_ = true;
 }
 
 // From ln1 of this block to the layernorm behind it: ln1 of the next block, or lnf.
@@ -119,7 +146,7 @@ void GPT2::forward_block(int64_t l) {
   const Tensor projected = rows("scratch_btc");
 
   ops_->matmul_forward(qkv, ln1, parameter(kQkvw, l), parameter(kQkvb, l));
-  ops_->attention_forward(shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
+  ops_->attention_forward(block_sequence(l, "atty"), block_lse(l), block_sequence(l, "qkv"), config_.num_heads, first_);
   ops_->matmul_forward(projected, atty, parameter(kAttprojw, l), parameter(kAttprojb, l));
   ops_->residual_layernorm_forward(residual2, ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual,
                                    projected, parameter(kLn2w, l), parameter(kLn2b, l));
@@ -152,11 +179,8 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
   const int64_t N = batch_ * seq_, chunk_rows = chunk.shape[0];
   const bool sum_apart = gradients && options_.grad_dtype != DType::F32 && chunk_rows < N;
   Tensor dwte;
-  if (gradients) {
-    // The plan has dwte_sum whenever the largest batch needs several chunks.
-    dwte = sum_apart ? buffer("dwte_sum") : gradient(kWte);
-    if (sum_apart) ops_->fill_zero(dwte);
-  }
+  // The plan has dwte_sum whenever the largest batch needs several chunks.
+  if (gradients) dwte = sum_apart ? buffer("dwte_sum") : gradient(kWte);
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t end = begin + chunk_rows < N ? begin + chunk_rows : N;
     const Tensor x = slice_rows(lnf, begin, end), logits = slice_rows(chunk, 0, end - begin);
@@ -165,10 +189,15 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
                            config_.vocab_size, dloss, gradients);
     if (gradients) {
       ops_->matmul_backward_input(slice_rows(dlnf, begin, end), logits, wte);
-      ops_->matmul_backward_weight(dwte, logits, x);
+      ops_->matmul_backward_weight(dwte, logits, x, begin > 0 || (accumulate_ && !sum_apart));
     }
   }
-  if (sum_apart) ops_->accumulate(gradient(kWte), dwte);
+  if (!sum_apart) return;
+  if (accumulate_) {
+    ops_->accumulate(gradient(kWte), dwte);
+  } else {
+    ops_->cast(gradient(kWte), dwte);
+  }
 }
 
 void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses) {
@@ -196,7 +225,7 @@ void GPT2::logits(int64_t begin, int64_t end, float* out) {
   check_logits(begin, end);
   const OnDevice on_device(*ops_);
   // The chunk shares its memory with scratch only, so a backward may still follow.
-  const Tensor lnf = rows("lnf"), chunk = buffer("logits");
+  const Tensor lnf = buffer("lnf"), chunk = buffer("logits");
   const int64_t V = config_.vocab_size, Vp = config_.padded_vocab_size, chunk_rows = chunk.shape[0];
   std::vector<char> host;
   for (int64_t first = begin; first < end; first += chunk_rows) {
@@ -245,12 +274,14 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   const Tensor losses = rows("losses");
   if (micro_step == 0) {
     for (WorkingUnit& there : reduced_) collect_gradients(there);  // of a step that was given up
-    ops_->fill_zero(buffer("gradients"));
+    if (sharded("gradients")) ops_->fill_zero(buffer("gradients"));
     ops_->fill_zero(losses);
     accumulation_steps_ = accumulation_steps;
     loss_rows_ = N;
   }
 
+  // From stage 2 on the gradients of each micro-step have working memory of their own.
+  accumulate_ = micro_step > 0 && !sharded("gradients");
   const Tensor dresidual = rows("dresidual"), scratch = rows("scratch_btc");
   const int64_t L = config_.num_layers;
   const bool last = micro_step == accumulation_steps - 1;
@@ -260,7 +291,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
   ops_->fill_zero(dresidual);
   ops_->layernorm_backward(dresidual, gradient(kLnfw), gradient(kLnfb), scratch, block_rows(L - 1, "residual3"),
-                           parameter(kLnfw), rows("lnf_mean"), rows("lnf_rstd"));
+                           parameter(kLnfw), rows("lnf_mean"), rows("lnf_rstd"), accumulate_);
   reduce_gradients(last_unit, last);
   for (int64_t l = L - 1; l >= 0; l--) {
     const size_t unit = 1 + l;
@@ -276,6 +307,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   ops_->upload(order, token_order_.data());
   // Each rank rounds its own gradients: noise that differs averages out.
   const uint32_t seed = rng_.next() + uint32_t(comm_->rank()) * 0x9E3779B9u;
+  if (!accumulate_) ops_->fill_zero(gradient(kWpe));
   ops_->embedding_backward(gradient(kWte), gradient(kWpe), shaped(dresidual),
                            make_tensor(ids.data, ids.dtype, batch_, seq_), order, seed);
   reduce_gradients(0, last);
@@ -310,22 +342,22 @@ void GPT2::backward_block(int64_t l) {
     ops_->matmul_backward_input(dfch, dresidual, parameter(kFcprojw, l));
     ops_->gelu_backward(dfch, fch);
   }
-  ops_->matmul_backward_weight(gradient(kFcprojw, l), dresidual, fch_gelu);
-  ops_->bias_backward(gradient(kFcprojb, l), dresidual);
+  ops_->matmul_backward_weight(gradient(kFcprojw, l), dresidual, fch_gelu, accumulate_);
+  ops_->bias_backward(gradient(kFcprojb, l), dresidual, accumulate_);
   if (!keep_layernorms) {
     ops_->layernorm_forward(ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual2, parameter(kLn2w, l),
                             parameter(kLn2b, l));
   }
   ops_->matmul_backward_input(dbtc, dfch, parameter(kFcw, l));
-  ops_->matmul_backward_weight(gradient(kFcw, l), dfch, ln2);
-  ops_->bias_backward(gradient(kFcb, l), dfch);
+  ops_->matmul_backward_weight(gradient(kFcw, l), dfch, ln2, accumulate_);
+  ops_->bias_backward(gradient(kFcb, l), dfch, accumulate_);
   ops_->layernorm_backward(dresidual, gradient(kLn2w, l), gradient(kLn2b, l), dbtc, residual2, parameter(kLn2w, l),
-                           block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"));
+                           block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), accumulate_);
 
   // Attention
   ops_->matmul_backward_input(dbtc, dresidual, parameter(kAttprojw, l));
-  ops_->matmul_backward_weight(gradient(kAttprojw, l), dresidual, atty);
-  ops_->bias_backward(gradient(kAttprojb, l), dresidual);
+  ops_->matmul_backward_weight(gradient(kAttprojw, l), dresidual, atty, accumulate_);
+  ops_->bias_backward(gradient(kAttprojb, l), dresidual, accumulate_);
   const Tensor dqkv = make_tensor(dfch.data, dfch.dtype, batch_ * seq_, 3 * config_.channels);
   ops_->attention_backward(shaped(dqkv), shaped(dbtc), shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
   if (!keep_layernorms) {
@@ -333,10 +365,10 @@ void GPT2::backward_block(int64_t l) {
                             parameter(kLn1b, l));
   }
   ops_->matmul_backward_input(dbtc, dqkv, parameter(kQkvw, l));
-  ops_->matmul_backward_weight(gradient(kQkvw, l), dqkv, ln1);
-  ops_->bias_backward(gradient(kQkvb, l), dqkv);
+  ops_->matmul_backward_weight(gradient(kQkvw, l), dqkv, ln1, accumulate_);
+  ops_->bias_backward(gradient(kQkvb, l), dqkv, accumulate_);
   ops_->layernorm_backward(dresidual, gradient(kLn1w, l), gradient(kLn1b, l), dbtc, residual, parameter(kLn1w, l),
-                           block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"));
+                           block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), accumulate_);
 }
 
 }  // namespace llmc

@@ -66,15 +66,20 @@ class GPT2 {
   // At stage 3 all ranks take part: here, and so in evaluate.
   void forward(const int32_t* tokens, int64_t b, int64_t t);
 
+  // Runs the model on n tokens behind those of the last forward or extend, which must have had one row: what attention
+  // needs of the positions before is still there, so it costs as much as n positions. No backward may follow.
+  void extend(const int32_t* tokens, int64_t n);
+
   // Loss and gradients of the last forward against targets (b,t), which must be that forward's shape. The first of the
-  // accumulation_steps micro-steps (micro_step 0) zeroes losses and gradients first, the last one averages gradients and
+  // accumulation_steps micro-steps (micro_step 0) starts losses and gradients anew, the last one averages gradients and
   // loss over the ranks. The loss is the mean over all micro-steps of the step.
   void backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_step, int64_t accumulation_steps);
 
   // Per-token losses (b,t) of tokens against targets, to the host. Leaves gradients and the training loss alone.
   void evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses);
 
-  // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host. Not after an
+  // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host; rows of extend
+  // follow those of the forward. Not after an
   // update, nor at recompute 2 after a backward: what they are computed from is gone.
   void logits(int64_t begin, int64_t end, float* out);
 
@@ -139,14 +144,17 @@ class GPT2 {
   // What the step computes with: a whole tensor, of a unit that is in use.
   Tensor parameter(ParameterKind kind, int64_t layer = 0);
   Tensor gradient(ParameterKind kind, int64_t layer = 0);
-  // The rows of an activation that the current batch uses, as (b·t, last).
+  // The rows of an activation that the current forward or backward computes, as (b·t, last): all that the batch uses, or
+  // those of the tokens that extend added.
   Tensor rows(const std::string& name);
   Tensor block_rows(int64_t layer, const char* name);
   Tensor block_lse(int64_t layer);
-  Tensor shaped(Tensor rows) const;  // (b·t, C) as (b, t, C)
+  Tensor shaped(Tensor rows) const;                        // (b·t, C) as (b, t, C)
+  Tensor block_sequence(int64_t layer, const char* name);  // (b, t, last) of all positions, those before extend too
 
   void allocate(Lifetime lifetime);
   void check_ids(const char* name, const int32_t* ids, int64_t b, int64_t t) const;
+  void run_forward(const int32_t* tokens);
   void forward_block(int64_t layer);
   void backward_block(int64_t layer);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
@@ -165,7 +173,7 @@ class GPT2 {
   void gather(size_t unit);          // begins to bring the parameters, unless they are there or under way
   void use(size_t unit);             // and what follows may compute with them
   void forget_gathered();            // the parameters have changed
-  void open_gradients(size_t unit);  // makes the place for a unit's gradients, zeroed
+  void open_gradients(size_t unit);  // makes the place for a unit's gradients
   void reduce_gradients(size_t unit, bool last_micro_step);  // begins to bring the sums over the ranks
   void collect_gradients(WorkingUnit& place);                // what was reduced is added to this rank's shard
   void share_update(size_t unit);                            // begins to bring the other ranks' updated slices
@@ -191,10 +199,12 @@ class GPT2 {
 
   XorShift64 rng_{13371337};
   XorShift64 last_update_rng_ = rng_;
-  int64_t batch_ = 0, seq_ = 0;        // b, t of the last forward; 0 before the first
+  int64_t batch_ = 0, seq_ = 0;        // b, t of the last forward, with what extend added; 0 before the first
+  int64_t first_ = 0;                  // the first position that it computed
   int64_t loss_rows_ = 0;              // b·t of the current step's micro-batches
   int64_t micro_steps_done_ = 0;       // of the current step
   int64_t accumulation_steps_ = 0;     // of the current step
+  bool accumulate_ = false;            // the current backward adds to what is in the gradients
   bool backward_allowed_ = false;      // the activations are those of a forward that had no backward yet
   bool logits_allowed_ = false;        // lnf is that of the last forward, and of the current parameters
   bool gradients_complete_ = false;    // the last micro-step is done: loss, grad_norm and update are allowed

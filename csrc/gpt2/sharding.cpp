@@ -124,7 +124,6 @@ void GPT2::open_gradients(size_t unit) {
   WorkingUnit& there = reduced_[place(unit)];
   collect_gradients(there);
   there.unit = unit;
-  ops_->fill_zero(whole(Lifetime::Gradients, unit));
 }
 
 void GPT2::reduce_gradients(size_t unit, bool last_micro_step) {

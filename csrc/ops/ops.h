@@ -7,8 +7,8 @@
 //   G   storage type of parameter gradients: X or fp32
 //   f32 statistics, losses, optimizer state; i32 tokens, targets, indices
 //   All tensors are contiguous, row-major and on the ops' device. Arithmetic is fp32; a result is rounded once, when it
-//   is stored. "=" overwrites, "+=" accumulates: gradients of parameters and of the residual stream accumulate, all
-//   other results overwrite. Inputs and outputs do not overlap unless "in place" is said.
+//   is stored. "=" overwrites, "+=" accumulates: gradients of the residual stream accumulate, and those of parameters
+//   if `accumulate` is set ("+=?"), so that the first gradients of a step need no zeros; all other results overwrite. Inputs and outputs do not overlap unless "in place" is said.
 //   Every operation is deterministic: same inputs, same device, same bits.
 //
 // The operations trust their arguments: shapes come from the memory plan (csrc/gpt2/plan.h) or were checked by the
@@ -98,10 +98,10 @@ class Ops {
                                           Tensor weight, Tensor bias) = 0;
 
   // With xhat = (x - mean)·rstd and g = dout·weight:
-  //   dx += rstd·(g - mean_C(g) - xhat·mean_C(g·xhat));  dweight += Σ_N dout·xhat;  dbias += Σ_N dout
+  //   dx += rstd·(g - mean_C(g) - xhat·mean_C(g·xhat));  dweight +=? Σ_N dout·xhat;  dbias +=? Σ_N dout
   //   dx, dout, x X (N,C); dweight, dbias G (C)
   virtual void layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,
-                                  Tensor mean, Tensor rstd) = 0;
+                                  Tensor mean, Tensor rstd, bool accumulate) = 0;
 
   // --- matrix products; weights are (out_features, in_features) -----------------------------------------------------
   // out = x·weightᵀ + bias
@@ -118,13 +118,13 @@ class Ops {
   // dpre = (dout·weight) · gelu'(pre). The fused form of matmul_backward_input and gelu_backward.
   virtual void matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) = 0;
 
-  // dweight += doutᵀ·x
+  // dweight +=? doutᵀ·x
   //   dweight G (OC,IC)
-  virtual void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) = 0;
+  virtual void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) = 0;
 
-  // dbias += Σ_N dout
+  // dbias +=? Σ_N dout
   //   dbias G (OC); dout X (N,OC)
-  virtual void bias_backward(Tensor dbias, Tensor dout) = 0;
+  virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;
 
   // --- GELU, tanh form (Hendrycks and Gimpel 2016) ------------------------------------------------------------------
   // out = 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
@@ -136,7 +136,8 @@ class Ops {
   // --- causal self-attention without a (T,T) matrix (FlashAttention-2, Dao 2023) ------------------------------------
   // p[t,u] = softmax over u <= t of (q[t]·k[u]/√HS); out[t] = Σ_u p[t,u]·v[u]; lse[t] = log Σ_u exp(q[t]·k[u]/√HS)
   //   out X (B,T,C); lse f32 (B,NH,T); qkv X (B,T,3C): all q, then all k, then all v channels, head h at [h·HS, (h+1)·HS)
-  virtual void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) = 0;
+  // Only the positions t from `first` on are asked for; those before may be computed again.
+  virtual void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) = 0;
 
   // dqkv = gradient of the above, probabilities recomputed from lse
   //   dqkv X (B,T,3C); dout, out X (B,T,C)

@@ -16,6 +16,10 @@ double bytes_of(std::initializer_list<Tensor> tensors) {
   return bytes;
 }
 
+double bytes_of_gradients(std::initializer_list<Tensor> tensors, bool accumulate) {
+  return (accumulate ? 2 : 1) * bytes_of(tensors);
+}
+
 // A product of (m,k) and (k,n).
 std::string product(const char* name, int64_t m, int64_t n, int64_t k) {
   char text[96];
@@ -25,10 +29,10 @@ std::string product(const char* name, int64_t m, int64_t n, int64_t k) {
 
 double product_flops(double m, double n, double k) { return 2 * m * n * k; }
 
-// q·kᵀ and p·v over the causal half, of all heads.
-double attention_flops(const Tensor& qkv) {
-  const double T = double(qkv.shape[1]);
-  return 2 * double(qkv.shape[0]) * T * (T + 1) * double(qkv.last() / 3);
+// q·kᵀ and p·v over the causal half, of all heads and the queries from `first` on.
+double attention_flops(const Tensor& qkv, int64_t first) {
+  const double T = double(qkv.shape[1]), before = double(first);
+  return 2 * double(qkv.shape[0]) * (T * (T + 1) - before * (before + 1)) * double(qkv.last() / 3);
 }
 
 }  // namespace
@@ -79,9 +83,11 @@ void TimedOps::residual_layernorm_forward(Tensor residual, Tensor out, Tensor me
 }
 
 void TimedOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,
-                                  Tensor mean, Tensor rstd) {
-  timed("layernorm_backward", 0, bytes_of({dx, dx, dweight, dweight, dbias, dbias, dout, x, weight, mean, rstd}),
-        [&] { ops_->layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd); });
+                                  Tensor mean, Tensor rstd, bool accumulate) {
+  const double bytes =
+      bytes_of({dx, dx, dout, x, weight, mean, rstd}) + bytes_of_gradients({dweight, dbias}, accumulate);
+  timed("layernorm_backward", 0, bytes,
+        [&] { ops_->layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd, accumulate); });
 }
 
 void TimedOps::matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) {
@@ -108,14 +114,16 @@ void TimedOps::matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weigh
         [&] { ops_->matmul_gelu_backward_input(dpre, dout, weight, pre); });
 }
 
-void TimedOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) {
+void TimedOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) {
   const int64_t m = dout.last(), n = x.last(), k = dout.rows();
-  timed(product("matmul_backward_weight", m, n, k), product_flops(m, n, k), bytes_of({dweight, dweight, dout, x}),
-        [&] { ops_->matmul_backward_weight(dweight, dout, x); });
+  timed(product("matmul_backward_weight", m, n, k), product_flops(m, n, k),
+        bytes_of({dout, x}) + bytes_of_gradients({dweight}, accumulate),
+        [&] { ops_->matmul_backward_weight(dweight, dout, x, accumulate); });
 }
 
-void TimedOps::bias_backward(Tensor dbias, Tensor dout) {
-  timed("bias_backward", 0, bytes_of({dbias, dbias, dout}), [&] { ops_->bias_backward(dbias, dout); });
+void TimedOps::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
+  timed("bias_backward", 0, bytes_of({dout}) + bytes_of_gradients({dbias}, accumulate),
+        [&] { ops_->bias_backward(dbias, dout, accumulate); });
 }
 
 void TimedOps::gelu_forward(Tensor out, Tensor x) {
@@ -126,13 +134,13 @@ void TimedOps::gelu_backward(Tensor dx, Tensor x) {
   timed("gelu_backward", 0, bytes_of({dx, dx, x}), [&] { ops_->gelu_backward(dx, x); });
 }
 
-void TimedOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) {
-  timed("attention_forward", attention_flops(qkv), bytes_of({out, lse, qkv}),
-        [&] { ops_->attention_forward(out, lse, qkv, num_heads); });
+void TimedOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) {
+  timed("attention_forward", attention_flops(qkv, first), bytes_of({out, lse, qkv}),
+        [&] { ops_->attention_forward(out, lse, qkv, num_heads, first); });
 }
 
 void TimedOps::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) {
-  timed("attention_backward", 2.5 * attention_flops(qkv), bytes_of({dqkv, dout, out, lse, qkv}),
+  timed("attention_backward", 2.5 * attention_flops(qkv, 0), bytes_of({dqkv, dout, out, lse, qkv}),
         [&] { ops_->attention_backward(dqkv, dout, out, lse, qkv, num_heads); });
 }
 

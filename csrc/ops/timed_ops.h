@@ -40,16 +40,16 @@ class TimedOps final : public Ops {
   void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
                                   Tensor weight, Tensor bias) override;
   void layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight, Tensor mean,
-                          Tensor rstd) override;
+                          Tensor rstd, bool accumulate) override;
   void matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) override;
   void matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weight, Tensor bias) override;
   void matmul_backward_input(Tensor dx, Tensor dout, Tensor weight) override;
   void matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) override;
-  void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x) override;
-  void bias_backward(Tensor dbias, Tensor dout) override;
+  void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) override;
+  void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
   void gelu_forward(Tensor out, Tensor x) override;
   void gelu_backward(Tensor dx, Tensor x) override;
-  void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) override;
+  void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) override;
   void fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
                         bool write_dlogits) override;
