@@ -60,6 +60,10 @@ class ModelShape:
         """Number of values in the file, padding rows of wte included."""
         return sum(math.prod(shape) for _, shape in self.tensors())
 
+    def flops_per_token(self, T: int) -> int:
+        """Of a training step on rows of T tokens: 6 per parameter, and the attention scores."""
+        return 6 * self.num_parameters + 6 * self.num_layers * self.channels * T
+
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """The 16 tensors of the file as (name, shape), in its order."""
         L, C = self.num_layers, self.channels

@@ -75,8 +75,7 @@ class Run:
 
     @property
     def flops_per_token(self) -> int:
-        """Of forward and backward: 6 per parameter, and the attention scores."""
-        return 6 * self.shape.num_parameters + 6 * self.shape.num_layers * self.shape.channels * self.config.seq_len
+        return self.shape.flops_per_token(self.config.seq_len)
 
     @property
     def start_token(self) -> int:

@@ -1,189 +1,274 @@
-"""Training steps of llmc, PyTorch eager and PyTorch compiled at the same model, B and T, in turn on this machine.
+"""The benchmark of the CPU path: llmc, PyTorch and, if given, llm.c, taking turns on this machine.
 
-Each contender has a process of its own and is asked for a few steps at a time while the others sleep, for several
-rounds, so that a machine whose speed drifts is fair to all. PyTorch runs as people would run it: flash attention, fused
-AdamW.
+Each contender trains the same model on rows of the same size in a process of its own. It is asked for a few steps at a
+time while the others rest, for several rounds, so that a machine whose speed drifts is fair to all. PyTorch runs as
+people would run it: flash attention, fused AdamW, eager and compiled. Every round also measures the machine itself: its
+multiply-adds in registers and the copying of memory. In the end llmc's step is taken apart into its operations.
 
-Usage: python scripts/benchmark.py [--cases d12:4x64 ...] [--rounds 5] [--steps 4] [--csv FILE]
+llm.c's program is compiled by its user with the B and T of the case, and runs in the working directory, which must have
+the files that it reads. It has to do at least 3 + rounds * (steps + 1) steps.
+
+Usage: python scripts/benchmark.py [--cases d12:4x64 ...] [--rounds 5] [--steps 4] [--csv FILE] [--chart FILE.png]
+                                   [--llm-c d12:4x64=PATH]
 """
 
 import argparse
 import csv
-import multiprocessing
+import importlib.util
+import os
 import platform
-import resource
+import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from llmc import machine, models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
+from llmc import machine  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
 import torch  # isort: skip
-import torch_peer
-import train_gpt2
+from benchmark_contenders import WORKERS, Case, Contender, Program, Worker, llmc_operations, parse_case
 
-from llmc.cli import run
-from llmc.errors import RunError, UsageError
+from llmc.cli import Parser, run
+from llmc.errors import UsageError
 
-if TYPE_CHECKING:
-    from llmc import _C
+CASES = ["d12:4x64", "d12:4x256", "d12:1x1024", "chess:d8:4x256", "custom:l=4,c=128,h=4,t=64,v=65:12x64"]
+PEERS = [name for name in WORKERS if name != "llmc"]
+COLUMNS = ["date", "machine", "threads", "torch", "command", "case", "contender"]
+COLUMNS += ["flops_per_step", "peak_gflops", "copy_gbs", "median_ms", "peak_mib"]
+COPY_BYTES = 2**28  # far more than the caches hold
+BYTES_PER_PARAMETER = 16  # weight, gradient, m and v in fp32, which all contenders hold
+SMALL = 0.005  # share of a step below which an operation has no line of its own
 
-CASES = ["d12:4x64", "d12:1x1024", "chess:d8:4x256"]
-CONTENDERS = ["llmc", "eager", "compiled"]
-COLUMNS = ["date", "machine", "threads", "torch", "command", "case", "contender", "median_ms", "peak_mib"]
-LEARNING_RATE = 1e-4
-WARMUP_STEPS = 3  # allocations, compilation, first touches
+Operation = tuple[float, ...]  # calls, seconds, flops, bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a contender."""
+
+    contender: str
+    seconds: float  # median of a step
+    memory: int  # bytes, peak
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What came of a case."""
+
+    case: Case
+    peak: float  # flop/s of multiply-adds, all threads, median
+    bandwidth: float  # bytes/s read and written by a copy, median
+    rows: list[Row]  # that of llmc first
+    operations: dict[str, Operation]  # of a step of llmc, means
+    timed_seconds: float  # of that step, mean
+
+    def share_of_peak(self, row: Row) -> float:
+        return self.case.flops / row.seconds / self.peak
+
+    def relative_seconds(self, row: Row) -> float:
+        return row.seconds / self.rows[0].seconds
+
+    def excess_memory(self, row: Row) -> int:
+        """Bytes beyond what the parameters need in any program."""
+        return row.memory - BYTES_PER_PARAMETER * self.case.shape.num_parameters
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = parse(argv)
+    cases = [parse_case(name) for name in args.cases]
+    programs = dict(parse_program(text, args.cases) for text in args.llm_c)
+    if args.csv:
+        check_csv(args.csv)
+    if args.chart:
+        check_chart(args.chart)
+    threads = args.threads or torch.get_num_threads()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes to come
+    torch.set_num_threads(threads)
+    print(f"{machine.cpu_name()}, {threads} threads, torch {torch.__version__}")
+    command = shlex.join(["scripts/benchmark.py", *argv])
+    measurements = []
+    for case in cases:
+        measurement = measure(case, args.peers, programs.get(case.name), threads, args.rounds, args.steps)
+        report(measurement)
+        report_operations(measurement)
+        if args.csv:
+            append(args.csv, measurement, threads, command)
+        measurements.append(measurement)
+    if args.chart:
+        draw(args.chart, measurements, threads)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:BxT", help=f"default: {' '.join(CASES)}")
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}")
+    parser.add_argument("--llm-c", action="append", default=[], metavar="CASE=PATH", help="llm.c's train_gpt2 for CASE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of each contender in each round")
+    parser.add_argument("--threads", type=int, help="of every contender; default: PyTorch's own number")
     parser.add_argument("--csv", type=Path, help="append the results to this file")
+    parser.add_argument("--chart", type=Path, help="draw the times into this PNG file")
     args = parser.parse_args(argv)
-    for case in args.cases:
-        parse_case(case)
     if args.rounds < 1 or args.steps < 1:
         raise UsageError("--rounds and --steps must be 1 or more")
-    print(f"{machine.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for case in args.cases:
-        rows = run_case(case, args.contenders, args.rounds, args.steps)
-        report(case, rows)
-        if args.csv:
-            append(args.csv, case, rows)
+    if args.threads is not None and args.threads < 1:
+        raise UsageError("--threads must be 1 or more")
+    return args
 
 
-def run_case(case: str, contenders: list[str], rounds: int, steps: int) -> dict[str, tuple[list[float], float]]:
-    """Seconds of every step and peak memory in MiB, by contender."""
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    for name in contenders:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, case, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()  # so that the end of the process ends the pipe
-        ask(name, pipes[name])  # built and warm, before the next one starts
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, pipe in pipes.items():
-            seconds[name] += ask(name, pipe, steps)
-    memory = {name: ask(name, pipe, 0) for name, pipe in pipes.items()}
-    for process in processes:
-        process.join()
-    return {name: (seconds[name], memory[name]) for name in contenders}
+def parse_program(text: str, cases: list[str]) -> tuple[str, Path]:
+    for case in cases:
+        if text.startswith(f"{case}="):
+            path = Path(text.removeprefix(f"{case}="))
+            if not (path.is_file() and os.access(path, os.X_OK)):
+                raise UsageError(f"--llm-c {text}: '{path}' is no program")
+            return case, path
+    raise UsageError(f"--llm-c {text}: give CASE=PATH with CASE one of {' '.join(cases)}")
 
 
-def ask(name: str, pipe: Connection, steps: int | None = None) -> Any:
-    """The contender's answer to `steps`; without them, to having been started."""
-    try:
-        if steps is not None:
-            pipe.send(steps)
-        return pipe.recv()
-    except (EOFError, OSError):
-        raise RunError(f"the process of {name} ended (its error is above)") from None
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, case: str, pipe: Connection) -> None:
-    """The process of one contender: build, warm up, then time as many steps as each message asks for."""
-    descriptor, B, T = parse_case(case)
-    shape = models.resolve(descriptor, None)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(shape.vocab_size, (B, T + 1), generator=generator)
-    step = {"llmc": llmc_step, "eager": torch_step, "compiled": compiled_step}[name](descriptor, tokens)
-    for _ in range(WARMUP_STEPS):
-        step()
-    pipe.send("ready")
-    while (steps := pipe.recv()) > 0:
-        timings = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            step()
-            timings.append(time.perf_counter() - started)
-        pipe.send(timings)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def parse_case(case: str) -> tuple[str, int, int]:
-    descriptor, _, sizes = case.rpartition(":")
-    B, _, T = sizes.partition("x")
-    if not (B.isdecimal() and T.isdecimal() and int(B) > 0):
-        raise UsageError(f"--cases {case}: give MODEL:BxT, such as d12:4x64")
-    context = models.resolve(descriptor, None).max_seq_len
-    if not 0 < int(T) <= context:
-        raise UsageError(f"--cases {case}: T must be from 1 to the model's context of {context}")
-    return descriptor, int(B), int(T)
-
-
-def llmc_step(descriptor: str, tokens: torch.Tensor) -> Callable[[], float]:
+def measure(case: Case, peers: list[str], program: Path | None, threads: int, rounds: int, steps: int) -> Measurement:
     from llmc import _C
 
-    shape = models.resolve(descriptor, None)
-    B, T = tokens.shape[0], tokens.shape[1] - 1
-    model = _C.GPT2(_C.GPT2Config(**vars(shape)), _C.Options(batch_size=B, seq_len=T, gelu_fusion=2))
-    return steps_of(model, tokens)
+    source = torch.ones(COPY_BYTES // 4)
+    target = source.clone()
+    peaks, bandwidths = [], []
+    contenders: dict[str, Contender] = {}
+    with ExitStack() as stack:
+        for name, contender in start(case, peers, program, threads):
+            contenders[name] = stack.enter_context(closing(contender))
+            contender.warm_up()  # before the next one starts
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(rounds):
+            peaks.append(_C.peak_flops())
+            bandwidths.append(copy_bandwidth(source, target))
+            for name, contender in contenders.items():
+                seconds[name] += contender.ask(steps)
+        rows = [Row(name, statistics.median(seconds[name]), contenders[name].peak_memory()) for name in contenders]
+    with closing(Worker("llmc", llmc_operations, case, threads)) as timed:
+        timed.warm_up()
+        timed_seconds, totals = timed.ask(steps)
+    return Measurement(
+        case=case,
+        peak=statistics.median(peaks),
+        bandwidth=statistics.median(bandwidths),
+        rows=rows,
+        operations={name: tuple(total / steps for total in totals[name]) for name in totals},
+        timed_seconds=statistics.mean(timed_seconds),
+    )
 
 
-def steps_of(model: "_C.GPT2", tokens: torch.Tensor) -> Callable[[], float]:
-    """A step of an llmc model from random parameters on tokens (B,T+1); returns the loss."""
-    model.init_random()
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    done = 0
-
-    def step() -> float:
-        nonlocal done
-        done += 1
-        model.forward(x)
-        model.backward(y)
-        model.update(lr=LEARNING_RATE, weight_decay=0.1, step=done)
-        return float(model.loss())
-
-    return step
+def start(case: Case, peers: list[str], program: Path | None, threads: int) -> Iterator[tuple[str, Contender]]:
+    """Starts the contenders one by one."""
+    for name in ("llmc", *peers):
+        yield name, Worker(name, WORKERS[name], case, threads)
+    if program:
+        yield "llm.c", Program(program)
 
 
-def torch_step(descriptor: str, tokens: torch.Tensor, compiled: bool = False) -> Callable[[], float]:
-    model, _ = train_gpt2.make_model(descriptor, flash=True)
-    optimizer = train_gpt2.make_optimizer(model, weight_decay=0.1, fused=True, sharded=False)
-    if compiled:
-        model = torch.compile(model)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return lambda: torch_peer.train_step(model, optimizer, x, y, LEARNING_RATE)
+def copy_bandwidth(source: torch.Tensor, target: torch.Tensor) -> float:
+    started = time.perf_counter()
+    target.copy_(source)
+    return (source.nbytes + target.nbytes) / (time.perf_counter() - started)
 
 
-def compiled_step(descriptor: str, tokens: torch.Tensor) -> Callable[[], float]:
-    return torch_step(descriptor, tokens, compiled=True)
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
-def report(case: str, rows: dict[str, tuple[list[float], float]]) -> None:
-    _, B, T = parse_case(case)
-    print(f"\n{case}: {B * T} tokens a step\n{'':10}{'ms/step':>10}{'tok/s':>10}{'ratio':>8}{'peak MiB':>10}")
-    ours = statistics.median(rows["llmc"][0]) if "llmc" in rows else None
-    for name, (seconds, memory) in rows.items():
-        median = statistics.median(seconds)
-        ratio = f"{median / ours:.2f}x" if ours else ""
-        print(f"{name:10}{median * 1e3:10.1f}{B * T / median:10.0f}{ratio:>8}{memory:10.0f}")
-    print("(medians; ratio: time of a step relative to llmc's)", flush=True)
+def report(measurement: Measurement) -> None:
+    case, ours = measurement.case, measurement.rows[0]
+    print(
+        f"\n{case.name}: {case.shape.num_parameters} parameters, {case.tokens} tokens and {case.flops / 1e9:.3g} GFLOP "
+        f"a step\nthe machine: {measurement.peak / 1e9:.0f} GFLOP/s in registers (peak), "
+        f"{measurement.bandwidth / 1e9:.1f} GB/s copying\n"
+        f"{'':10}{'ms/step':>10}{'tok/s':>9}{'to llmc':>9}{'GFLOP/s':>9}{'of peak':>9}"
+        f"{'peak MiB':>10}{'beyond*':>9}{'to llmc':>9}"
+    )
+    for row in measurement.rows:
+        excess = measurement.excess_memory(row)
+        print(
+            f"{row.contender:10}{row.seconds * 1e3:10.1f}{case.tokens / row.seconds:9.0f}"
+            f"{measurement.relative_seconds(row):8.2f}x{case.flops / row.seconds / 1e9:9.1f}"
+            f"{measurement.share_of_peak(row):9.1%}{row.memory / 2**20:10.0f}{excess / 2**20:9.0f}"
+            f"{excess / measurement.excess_memory(ours):8.2f}x"
+        )
+    print(f"(medians; * {BYTES_PER_PARAMETER} bytes per parameter: weights, gradients, m and v)", flush=True)
 
 
-def append(path: Path, case: str, rows: dict[str, tuple[list[float], float]]) -> None:
-    new = not path.exists()
+def report_operations(measurement: Measurement) -> None:
+    """Of llmc's step, the longest first."""
+    step = measurement.timed_seconds
+    by_time = sorted(measurement.operations.items(), key=lambda item: -item[1][1])
+    lines = [(name, operation) for name, operation in by_time if operation[1] >= SMALL * step]
+    if others := [operation for _, operation in by_time if operation[1] < SMALL * step]:
+        lines.append(("others", tuple(map(sum, zip(*others, strict=True)))))
+    width = max(len(name) for name, _ in lines)
+    print(f"\n{'llmc':{width}}{'calls':>7}{'ms':>10}{'of step':>9}{'GFLOP/s':>9}{'of peak':>9}{'GB/s':>8}")
+    for name, (calls, seconds, flops, moved) in lines:
+        rate = flops / seconds
+        compute = f"{rate / 1e9:9.1f}{rate / measurement.peak:9.1%}" if flops else " " * 18
+        print(
+            f"{name:{width}}{calls:7g}{seconds * 1e3:10.3f}{seconds / step:9.1%}{compute}{moved / seconds / 1e9:8.1f}"
+        )
+    between = step - sum(seconds for _, seconds, _, _ in measurement.operations.values())
+    print(f"{'between them':{width}}{'':7}{between * 1e3:10.3f}{between / step:9.1%}", flush=True)
+
+
+def check_csv(path: Path) -> None:
+    """Before the long measurement: can the results be appended?"""
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        if next(csv.reader(file), COLUMNS) != COLUMNS:
+            raise UsageError(f"--csv {path}: the file has other columns than this benchmark: give another name")
+
+
+def append(path: Path, measurement: Measurement, threads: int, command: str) -> None:
+    machine_name = f"{machine.cpu_name()} {platform.machine()}"
+    case = measurement.case
     with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
             writer.writerow(COLUMNS)
-        for name, (seconds, memory) in rows.items():
-            machine_name = f"{machine.cpu_name()} {platform.machine()}"
-            command = " ".join(["scripts/benchmark.py", *sys.argv[1:]])
-            median = statistics.median(seconds) * 1e3
-            measured = [time.strftime("%Y-%m-%d"), machine_name, torch.get_num_threads(), torch.__version__, command]
-            writer.writerow([*measured, case, name, f"{median:.2f}", f"{memory:.0f}"])
+        for row in measurement.rows:
+            circumstances = [time.strftime("%Y-%m-%d"), machine_name, threads, torch.__version__, command]
+            limits = [f"{measurement.peak / 1e9:.1f}", f"{measurement.bandwidth / 1e9:.1f}"]
+            results = [f"{row.seconds * 1e3:.3f}", f"{row.memory / 2**20:.0f}"]
+            writer.writerow([*circumstances, case.name, row.contender, case.flops, *limits, *results])
+
+
+def check_chart(path: Path) -> None:
+    """Before the long measurement: can it be drawn?"""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--chart needs matplotlib: pip install matplotlib")
+    if not path.parent.is_dir():
+        raise UsageError(f"--chart {path}: there is no directory {path.parent}")
+
+
+def draw(path: Path, measurements: list[Measurement], threads: int) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 + 2 * len(measurements), 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row.contender for measurement in measurements for row in measurement.rows))
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        rows = [(place, m, row) for place, m in enumerate(measurements) for row in m.rows if row.contender == name]
+        shift = (index - (len(names) - 1) / 2) * width
+        bars = axes.bar(
+            [place + shift for place, _, _ in rows], [m.relative_seconds(row) for _, m, row in rows], width, label=name
+        )
+        axes.bar_label(bars, [f"{m.share_of_peak(row):.0%}" for _, m, row in rows], fontsize=8)
+    axes.set_xticks(range(len(measurements)), ["\n".join(m.case.name.rsplit(":", 1)) for m in measurements], fontsize=8)
+    axes.set_ylabel("time of a step relative to llmc")
+    axes.set_title(f"{machine.cpu_name()}, {threads} threads\n(on the bars: share of the peak)", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=110, format="png")
 
 
 if __name__ == "__main__":
-    run("benchmark", main)
+    run("benchmark.py", main)

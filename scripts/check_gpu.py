@@ -21,7 +21,7 @@ from pathlib import Path
 
 from llmc import models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
-import benchmark  # isort: skip
+import benchmark_contenders  # isort: skip
 import pynvml  # isort: skip
 import torch
 import torch_peer
@@ -31,7 +31,6 @@ from llmc.build import core_config, core_options
 from llmc.config import TrainConfig
 from llmc.device import Device, choose_device
 from llmc.errors import RunError
-from llmc.model_file import ModelShape
 from llmc.peak import peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +74,7 @@ def llmc_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable
     config = TrainConfig(model=descriptor, batch_size=B, seq_len=length)
     shape = models.resolve(descriptor, None)
     model = _C.GPT2(core_config(descriptor, shape), core_options(config, "bf16", device))
-    return benchmark.steps_of(model, tokens)
+    return benchmark_contenders.steps_of(model, tokens)
 
 
 def torch_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable[[], float]:
@@ -86,7 +85,7 @@ def torch_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callabl
     if device.is_cuda:  # on a CPU, for the tests of this file, compiling takes too long
         model = torch.compile(model)
     x, y = tokens[:, :-1].to(kind), tokens[:, 1:].to(kind)
-    return lambda: torch_peer.train_step(InBf16(model, kind), optimizer, x, y, benchmark.LEARNING_RATE)
+    return lambda: torch_peer.train_step(InBf16(model, kind), optimizer, x, y, benchmark_contenders.LEARNING_RATE)
 
 
 class InBf16(torch.nn.Module):
@@ -177,11 +176,6 @@ def halves(largest: int) -> Iterator[int]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def flops_of_step(shape: ModelShape, B: int) -> int:
-    """Of forward and backward: 6 per parameter and token, and the attention scores."""
-    return B * T * (6 * shape.num_parameters + 6 * shape.num_layers * shape.channels * T)
-
-
 def speed_table(rows: list[Row], gpu: str) -> str:
     """Markdown: milliseconds, tokens per second, utilisation and memory of both, and how much longer PyTorch takes."""
     names = {"llmc": "llmc", "torch": "PyTorch, compiled"}
@@ -207,7 +201,8 @@ def utilisation(row: Row, seconds: float, gpu: str) -> str:
     peak = peak_flops(gpu, "bf16")
     if peak is None:
         return "n/a"
-    return f"{100 * flops_of_step(models.resolve(MODELS[row.model], None), row.B) / seconds / peak:.1f}%"
+    flops = row.B * T * models.resolve(MODELS[row.model], None).flops_per_token(T)
+    return f"{100 * flops / seconds / peak:.1f}%"
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,7 @@ def run_nanogpt(config: TrainConfig) -> Curve:
 
 
 def make_torch(config: TrainConfig, betas: tuple[float, float]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    shape = models.resolve(config.model, None)
-    sizes = (shape.max_seq_len, shape.vocab_size, shape.num_layers, shape.num_heads, shape.channels)
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(*sizes), flash=True)
-    optimizer = train_gpt2.make_optimizer(model, weight_decay=config.weight_decay, fused=True, sharded=False)
+    model, optimizer = torch_peer.make(models.resolve(config.model, None), config.weight_decay)
     for group in optimizer.param_groups:
         group["betas"] = betas
     return model, optimizer

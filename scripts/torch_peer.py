@@ -1,6 +1,16 @@
-"""PyTorch's side of the comparisons: one training step as people would write it."""
+"""PyTorch's side of the comparisons: model, optimizer and one training step as people would write them."""
 
 import torch
+import train_gpt2
+
+from llmc.model_file import ModelShape
+
+
+def make(shape: ModelShape, weight_decay: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model of those sizes with flash attention, and fused AdamW."""
+    sizes = (shape.max_seq_len, shape.vocab_size, shape.num_layers, shape.num_heads, shape.channels)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(*sizes), flash=True)
+    return model, train_gpt2.make_optimizer(model, weight_decay, fused=True, sharded=False)
 
 
 def train_step(

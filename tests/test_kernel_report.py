@@ -389,7 +389,7 @@ def test_work_of_a_step(kernel_launches):
     weights = 12 * 12 * 768 * 768 + 50304 * 768
     assert products.flops == 6 * 65536 * weights
     activations = 65536 * 2 * (12 * (4 + 2 + 5 + 5) * 768 + 50304 + 768)
-    # Read twice, its gradient written once; by the loss head in each of 17 chunks, the gradient read in all but the first.
+    # Read twice, the gradient written once; by the loss head in each of 17 chunks, the gradient read but in the first.
     weight_bytes = 12 * 12 * 768 * 768 * 2 * 3 + 50304 * 768 * (17 * 2 * 2 + (17 + 16) * 4)
     assert products.bytes == 3 * activations + weight_bytes
 
