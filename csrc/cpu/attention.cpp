@@ -1,168 +1,155 @@
 // Causal flash attention (Dao 2023).
 //
-// Forward: a block of queries at a time, its scores against one block of keys after the other by BLAS, with a running
-// maximum and sum of exponentials per query. The score block stays in the L2 cache. Up to kKeys positions there is one key
-// block, and nothing is ever rescaled. Keys behind the last query of a block are never touched.
+// Scores are kept transposed, (keys, queries): a row has one key's scores against a block of kQueries queries, so that the
+// softmax runs down the rows with a query in each lane, and the causal mask touches the last rows of a block only.
+// Forward: one block of queries against one block of keys after the other, with a running maximum and sum for each query.
 // Backward: the same blocks, probabilities recomputed from lse. With many (batch, head) pairs each pair is one work item,
 // which forms dq, dk and dv together (5 products per block). With few, dq by blocks of queries and dk, dv by blocks of keys
 // are separate work items (7 products). Which way and which blocks depends on the shape alone, and every element of the
 // result is summed by one work item in a fixed order, so the bits do not depend on the number of threads.
-// fp32: BLAS works on the strided q, k, v and writes its results in place. bf16: a work item widens what it needs.
+// A work item copies what it reads of q, k, v and dout to fp32 rows in its scratch, padded with zeros to whole tiles.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 
-#include "core/integers.h"
-#include "cpu/blas.h"
-#include "cpu/cpu_ops.h"
 #include "core/dispatch.h"
+#include "core/integers.h"
+#include "cpu/cpu_ops.h"
 #include "cpu/math.h"
 #include "cpu/scratch.h"
-#include "cpu/widen.h"
+#include "cpu/small_product.h"
 
 namespace llmc::cpu::LLMC_ISA {
 namespace {
 
-constexpr int64_t kQueries = 64;          // of a block
-constexpr int64_t kKeys = 1024;           // of a block, a multiple of kQueries
-constexpr int64_t kScoreLd = kKeys + 16;  // row stride of a score block; not a power of two, for the cache's sake
-constexpr int64_t kEnoughItems = 64;      // forward work items, to keep many threads busy
-constexpr int64_t kEnoughHeads = 8;       // batch·heads from which the backward has one work item per head
+constexpr int32_t kQueries = 32;        // of a block
+constexpr int64_t kKeys = 256;          // of a block at most
+constexpr int64_t kEnoughItems = 64;    // forward work items, to keep many threads busy
+constexpr int64_t kEnoughHeads = 8;     // batch·heads from which the backward has one work item per head
+constexpr int64_t kItemPositions = 64;  // of a backward work item if there are fewer
+constexpr int64_t kRows = 8;            // of keys, a multiple of the tiles' rows
+static_assert(kQueries % kTileColumns == 0 && kRows % kTileRows == 0);
 
 struct Shape {
   int64_t B, T, NH, HS;
 
   int64_t C() const { return NH * HS; }
+  int64_t width() const { return round_up(HS, kTileColumns); }  // of a padded row
   float scale() const { return 1.0f / std::sqrt(float(HS)); }
 };
 
-// The rows of one head in fp32.
-template <typename F>
-struct Rows {
-  F* data;
-  int64_t ld;
+// to (padded rows, width) = scale · from (rows,HS), whose rows are ld apart; zeros elsewhere.
+template <typename X>
+void copy_rows(float* to, const X* from, int64_t ld, int64_t rows, int64_t padded, const Shape& s, float scale = 1) {
+  const int64_t width = s.width();
+  for (int64_t row = 0; row < padded; ++row, to += width, from += ld) {
+    const int64_t count = row < rows ? s.HS : 0;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = scale * to_float(from[i]);
+    for (int64_t i = count; i < width; ++i) to[i] = 0;
+  }
+}
 
-  F* operator[](int64_t row) const { return data + row * ld; }
+// to (rows,HS) = scale · from (rows, width).
+template <typename X>
+void store_rows(X* to, int64_t ld, const float* from, int64_t rows, const Shape& s, float scale = 1) {
+  for (int64_t row = 0; row < rows; ++row, to += ld, from += s.width()) {
+#pragma omp simd
+    for (int64_t i = 0; i < s.HS; ++i) store(to + i, scale * from[i]);
+  }
+}
+
+// Working memory of a work item: parts of its thread's scratch, one after the other.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : next_(thread_scratch(floats)) {}
+  float* take(int64_t rows, int64_t columns) {
+    float* result = next_;
+    next_ += rows * columns;
+    return result;
+  }
+
+ private:
+  float* next_;
 };
 
-// fp32 is used where it is; bf16 is widened into scratch, which advances.
-Rows<const float> read(const float* x, int64_t ld, int64_t, int64_t, float*&) { return {x, ld}; }
-Rows<const float> read(const bf16* x, int64_t ld, int64_t rows, int64_t cols, float*& scratch) {
-  float* data = scratch;
-  widen(data, x, ld, rows, cols);
-  scratch += rows * cols;
-  return {data, cols};
-}
+// A number for each query of a block.
+struct alignas(64) Lanes {
+  float x[kQueries];
+};
 
-// Where fp32 results are computed: in place, or in scratch until round_to() stores them.
-Rows<float> result(float* x, int64_t ld, int64_t, int64_t, float*&) { return {x, ld}; }
-Rows<float> result(bf16*, int64_t, int64_t rows, int64_t cols, float*& scratch) {
-  float* data = scratch;
-  scratch += rows * cols;
-  return {data, cols};
-}
-
-void round_to(float*, int64_t, Rows<float>, int64_t, int64_t) {}
-void round_to(bf16* to, int64_t ld, Rows<float> from, int64_t rows, int64_t cols) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* source = from[row];
-    bf16* target = to + row * ld;
+// Of scores (n,kQueries), of the keys from `key` on and the queries from `query` on, those of keys in the future are -inf.
+void hide_future(float* scores, int64_t n, int64_t key, int64_t query) {
+  for (int64_t i = max(0, query - key + 1); i < n; ++i) {
+    float* row = scores + i * kQueries;
+    const int32_t hidden = int32_t(key + i - query);
 #pragma omp simd
-    for (int64_t i = 0; i < cols; ++i) store(target + i, source[i]);
+    for (int32_t j = 0; j < kQueries; ++j) row[j] = j < hidden ? -INFINITY : row[j];
   }
 }
 
-// Rows of scores are processed kLanes at a time, without a scalar remainder (kScoreLd leaves room): in the last vector the
-// scores behind the n visible ones are first replaced by a visible one, then their exponentials by 0. (With -inf in their
-// place every row would pay for an underflow.)
-constexpr int64_t kLanes = 16;
-
-// Returns n rounded up to a multiple of kLanes.
-LLMC_INLINE int64_t cover_tail(float* scores, int64_t n) {
-  const int64_t last = (n - 1) / kLanes * kLanes;
-  const float visible = scores[last];
+// scores (n,kQueries) become exp(score - maximum). Updates the running maximum and sum; returns the factor by which
+// everything summed before has to be multiplied.
+Lanes softmax(float* scores, int64_t n, Lanes& maximum, Lanes& sum) {
+  Lanes largest = maximum, block_sum = {}, correction;
+  for (int64_t i = 0; i < n; ++i) {
+    const float* row = scores + i * kQueries;
 #pragma omp simd
-  for (int64_t j = 0; j < kLanes; ++j) scores[last + j] = last + j < n ? scores[last + j] : visible;
-  return last + kLanes;
-}
-
-// Sets the scores [begin, end) to 0; begin is a multiple of kLanes.
-LLMC_INLINE void clear(float* scores, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
+    for (int32_t j = 0; j < kQueries; ++j) largest.x[j] = row[j] > largest.x[j] ? row[j] : largest.x[j];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = scores + i * kQueries;
 #pragma omp simd
-    for (int64_t j = 0; j < kLanes; ++j) scores[i + j] = 0;
+    for (int32_t j = 0; j < kQueries; ++j) {
+      row[j] = probability_exp(row[j] - largest.x[j]);
+      block_sum.x[j] += row[j];
+    }
   }
-}
-
-// Replaces n scores by exp(score - maximum) and the following ones up to `end` by 0. Updates the running maximum and sum;
-// returns the factor by which everything summed before has to be multiplied. 1 <= n <= end.
-LLMC_INLINE float softmax_row(float* scores, int64_t n, int64_t end, float& running_max, float& running_sum) {
-  const int64_t padded = cover_tail(scores, n), last = padded - kLanes;
-  float maximum = running_max;
-#pragma omp simd reduction(max : maximum)
-  for (int64_t i = 0; i < padded; ++i) maximum = scores[i] > maximum ? scores[i] : maximum;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < last; ++i) {
-    scores[i] = fast_exp(scores[i] - maximum);
-    sum += scores[i];
+#pragma omp simd
+  for (int32_t j = 0; j < kQueries; ++j) {
+    correction.x[j] = probability_exp(maximum.x[j] - largest.x[j]);
+    sum.x[j] = sum.x[j] * correction.x[j] + block_sum.x[j];
   }
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < kLanes; ++j) {
-    const float p = fast_exp(scores[last + j] - maximum);
-    scores[last + j] = last + j < n ? p : 0.0f;
-    sum += scores[last + j];
-  }
-  clear(scores, padded, end);
-
-  const float correction = running_max == -FLT_MAX ? 0.0f : fast_exp(running_max - maximum);
-  running_max = maximum;
-  running_sum = running_sum * correction + sum;
+  maximum = largest;
   return correction;
 }
 
 // Queries [begin, end) of one head; qkv, out and lse point to its first position.
 template <typename X>
 void forward_queries(X* out, float* lse, const X* qkv, const Shape& s, int64_t begin, int64_t end) {
-  const int64_t C = s.C(), HS = s.HS;
-  float* scratch = thread_scratch(kQueries * (kScoreLd + HS) + 3 * end * HS);
-  float* scores = scratch;
-  scratch += kQueries * kScoreLd;
-  const Rows<const float> q = read(qkv + begin * 3 * C, 3 * C, end - begin, HS, scratch);
-  const Rows<const float> k = read(qkv + C, 3 * C, end, HS, scratch);
-  const Rows<const float> v = read(qkv + 2 * C, 3 * C, end, HS, scratch);
+  const int64_t C = s.C(), HS = s.HS, width = s.width(), padded = round_up(end, kRows);
+  Scratch scratch(2 * padded * width + 2 * kQueries * width + HS * kQueries + kKeys * kQueries);
+  float* k = scratch.take(padded, width);
+  float* v = scratch.take(padded, width);
+  float* rows_of_block = scratch.take(kQueries, width);
+  float* o = scratch.take(kQueries, width);
+  float* q = scratch.take(HS, kQueries);  // scaled and transposed
+  float* scores = scratch.take(kKeys, kQueries);
+  copy_rows(k, qkv + C, 3 * C, end, padded, s);
+  copy_rows(v, qkv + 2 * C, 3 * C, end, padded, s);
 
   for (int64_t first = begin; first < end; first += kQueries) {
-    const int64_t rows = min(kQueries, end - first);
-    X* block_out = out + first * C;
-    float* block_scratch = scratch;
-    const Rows<float> o = result(block_out, C, rows, HS, block_scratch);
-    float maximum[kQueries], sum[kQueries];
-    for (int64_t r = 0; r < rows; ++r) {
-      maximum[r] = -FLT_MAX;  // not -inf: -inf - -inf would be NaN
-      sum[r] = 0;
-    }
-    for (int64_t key = 0; key < first + rows; key += kKeys) {
-      const int64_t keys = min(kKeys, first + rows - key);
-      blas::gemm(false, true, rows, keys, HS, s.scale(), q[first - begin], q.ld, k[key], k.ld, 0, scores, kScoreLd);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t visible = min(keys, first + r + 1 - key);
-        const float correction = softmax_row(scores + r * kScoreLd, visible, keys, maximum[r], sum[r]);
-        if (key == 0) continue;
-        float* row = o[r];
+    const int64_t rows = min(kQueries, end - first), last_key = round_up(first + rows, kRows);
+    copy_rows(rows_of_block, qkv + first * 3 * C, 3 * C, rows, kQueries, s);
+    transpose(q, kQueries, rows_of_block, width, kQueries, HS, s.scale());
+    Lanes maximum, sum = {};
+    for (float& x : maximum.x) x = -FLT_MAX;  // not -inf: -inf - -inf would be NaN
+    for (int64_t key = 0; key < last_key; key += kKeys) {
+      const int64_t keys = min(kKeys, last_key - key);
+      multiply({keys, kQueries, HS, k + key * width, width, q, kQueries, scores, kQueries, false});
+      hide_future(scores, keys, key, first);
+      const Lanes correction = softmax(scores, keys, maximum, sum);
+      for (int64_t r = 0; key > 0 && r < kQueries; ++r) {
+        float* row = o + r * width;
 #pragma omp simd
-        for (int64_t i = 0; i < HS; ++i) row[i] *= correction;
+        for (int64_t i = 0; i < width; ++i) row[i] *= correction.x[r];
       }
-      blas::gemm(false, false, rows, HS, keys, 1, scores, kScoreLd, v[key], v.ld, key == 0 ? 0.0f : 1.0f, o.data, o.ld);
+      multiply_transposed({kQueries, width, keys, scores, kQueries, v + key * width, width, o, width, key > 0});
     }
     for (int64_t r = 0; r < rows; ++r) {
-      lse[first + r] = maximum[r] + std::log(sum[r]);
-      const float inverse = 1.0f / sum[r];
-      float* row = o[r];
-#pragma omp simd
-      for (int64_t i = 0; i < HS; ++i) row[i] *= inverse;
+      lse[first + r] = maximum.x[r] + std::log(sum.x[r]);
+      store_rows(out + (first + r) * C, C, o + r * width, 1, s, 1.0f / sum.x[r]);
     }
-    round_to(block_out, C, o, rows, HS);
   }
 }
 
@@ -199,79 +186,77 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// scores (n,kQueries) become probabilities, and dscores, which holds the gradient of the probabilities, that of the scores.
+void probabilities(float* scores, float* dscores, int64_t n, const Lanes& lse, const Lanes& delta) {
+  for (int64_t i = 0; i < n; ++i) {
+    float* p = scores + i * kQueries;
+    float* ds = dscores + i * kQueries;
+#pragma omp simd
+    for (int32_t j = 0; j < kQueries; ++j) {
+      p[j] = probability_exp(p[j] - lse.x[j]);
+      ds[j] = p[j] * (ds[j] - delta.x[j]);
+    }
+  }
+}
+
 // What the pairs (query, key) of the two ranges contribute: to dq of the queries if want_dq, to dk and dv of the keys if
 // want_dkv. Each result must be complete with these ranges, as it overwrites.
 template <typename X>
 void backward_pairs(const Head<X>& head, const Shape& s, Range queries, Range keys, bool want_dq, bool want_dkv) {
-  const int64_t C = s.C(), HS = s.HS;
-  float* scratch = thread_scratch(2 * kQueries * kScoreLd + (3 * queries.size() + 4 * keys.size()) * HS);
-  float* probabilities = scratch;
-  float* dscores = scratch + kQueries * kScoreLd;
-  scratch += 2 * kQueries * kScoreLd;
-  const X* query_rows = head.qkv + queries.begin * 3 * C;
+  const int64_t C = s.C(), HS = s.HS, width = s.width(), padded = round_up(keys.size(), kRows);
+  Scratch scratch(4 * padded * width + 3 * kQueries * width + 2 * HS * kQueries + 2 * kKeys * kQueries);
+  float* k = scratch.take(padded, width);
+  float* v = scratch.take(padded, width);
+  float* dk = scratch.take(padded, width);
+  float* dv = scratch.take(padded, width);
+  float* q = scratch.take(kQueries, width);  // scaled
+  float* dout = scratch.take(kQueries, width);
+  float* dq = scratch.take(kQueries, width);
+  float* q_transposed = scratch.take(HS, kQueries);
+  float* dout_transposed = scratch.take(HS, kQueries);
+  float* scores = scratch.take(kKeys, kQueries);
+  float* dscores = scratch.take(kKeys, kQueries);
   const X* key_rows = head.qkv + keys.begin * 3 * C;
-  X* dquery_rows = head.dqkv + queries.begin * 3 * C;
-  X* dkey_rows = head.dqkv + keys.begin * 3 * C;
-  const Rows<const float> q = read(query_rows, 3 * C, queries.size(), HS, scratch);
-  const Rows<const float> dout = read(head.dout + queries.begin * C, C, queries.size(), HS, scratch);
-  const Rows<const float> k = read(key_rows + C, 3 * C, keys.size(), HS, scratch);
-  const Rows<const float> v = read(key_rows + 2 * C, 3 * C, keys.size(), HS, scratch);
-  const Rows<float> dq = result(dquery_rows, 3 * C, queries.size(), HS, scratch);
-  const Rows<float> dk = result(dkey_rows + C, 3 * C, keys.size(), HS, scratch);
-  const Rows<float> dv = result(dkey_rows + 2 * C, 3 * C, keys.size(), HS, scratch);
+  copy_rows(k, key_rows + C, 3 * C, keys.size(), padded, s);
+  copy_rows(v, key_rows + 2 * C, 3 * C, keys.size(), padded, s);
+  for (int64_t i = 0; i < 2 * padded * width; ++i) dk[i] = 0;  // and dv behind it
 
-  // From the last block of queries to the first: the last one sees all keys, so it overwrites all of dk and dv.
-  const int64_t blocks = divide_up(queries.size(), kQueries);
-  for (int64_t block = blocks - 1; block >= 0; --block) {
-    const int64_t row = block * kQueries, rows = min(kQueries, queries.size() - row);
-    const int64_t first = queries.begin + row;
-    const float* dout_rows = dout[row];
-
-    float delta[kQueries];  // Σ_u p·dp, which is dout·out
+  for (int64_t first = queries.begin; first < queries.end; first += kQueries) {
+    const int64_t rows = min(kQueries, queries.end - first);
+    copy_rows(q, head.qkv + first * 3 * C, 3 * C, rows, kQueries, s, s.scale());
+    copy_rows(dout, head.dout + first * C, C, rows, kQueries, s);
+    transpose(q_transposed, kQueries, q, width, kQueries, HS, 1);
+    transpose(dout_transposed, kQueries, dout, width, kQueries, HS, 1);
+    Lanes lse = {}, delta = {};  // Σ_u p·dp, which is dout·out
     for (int64_t r = 0; r < rows; ++r) {
-      const float* d = dout_rows + r * dout.ld;
       const X* o = head.out + (first + r) * C;
+      const float* d = dout + r * width;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < HS; ++i) sum += d[i] * to_float(o[i]);
-      delta[r] = sum;
+      delta.x[r] = sum;
+      lse.x[r] = head.lse[first + r];
     }
 
-    const int64_t last_key = min(keys.end, first + rows);
-    for (int64_t key = keys.begin; key < last_key; key += kKeys) {
-      const int64_t n = min(kKeys, last_key - key), at = key - keys.begin;
-      blas::gemm(false, true, rows, n, HS, s.scale(), q[row], q.ld, k[at], k.ld, 0, probabilities, kScoreLd);
-      blas::gemm(false, true, rows, n, HS, 1, dout_rows, dout.ld, v[at], v.ld, 0, dscores, kScoreLd);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t visible = max(0, min(n, first + r + 1 - key));
-        const float lse = head.lse[first + r], row_delta = delta[r];
-        float* p = probabilities + r * kScoreLd;
-        float* ds = dscores + r * kScoreLd;
-        const int64_t padded = visible > 0 ? cover_tail(p, visible) : 0;
-#pragma omp simd
-        for (int64_t i = 0; i < padded; ++i) {
-          const float probability = fast_exp(p[i] - lse);
-          p[i] = i < visible ? probability : 0.0f;
-          ds[i] = p[i] * (ds[i] - row_delta);
-        }
-        clear(p, padded, n);
-        clear(ds, padded, n);
-      }
-      const float add = block == blocks - 1 ? 0.0f : 1.0f;
+    const int64_t end = min(padded, round_up(first + rows - keys.begin, kRows));
+    for (int64_t key = 0; key < end; key += kKeys) {
+      const int64_t n = min(kKeys, end - key), at = key * width;
+      multiply({n, kQueries, HS, k + at, width, q_transposed, kQueries, scores, kQueries, false});
+      multiply({n, kQueries, HS, v + at, width, dout_transposed, kQueries, dscores, kQueries, false});
+      hide_future(scores, n, keys.begin + key, first);
+      probabilities(scores, dscores, n, lse, delta);
       if (want_dkv) {
-        blas::gemm(true, false, n, HS, rows, 1, probabilities, kScoreLd, dout_rows, dout.ld, add, dv[at], dv.ld);
-        blas::gemm(true, false, n, HS, rows, s.scale(), dscores, kScoreLd, q[row], q.ld, add, dk[at], dk.ld);
+        multiply({n, width, kQueries, scores, kQueries, dout, width, dv + at, width, true});
+        multiply({n, width, kQueries, dscores, kQueries, q, width, dk + at, width, true});
       }
-      if (want_dq) {
-        blas::gemm(false, false, rows, HS, n, s.scale(), dscores, kScoreLd, k[at], k.ld, at == 0 ? 0.0f : 1.0f, dq[row],
-                   dq.ld);
-      }
+      if (want_dq) multiply_transposed({kQueries, width, n, dscores, kQueries, k + at, width, dq, width, key > 0});
     }
+    if (want_dq) store_rows(head.dqkv + first * 3 * C, 3 * C, dq, rows, s, s.scale());
   }
-  if (want_dq) round_to(dquery_rows, 3 * C, dq, queries.size(), HS);
   if (want_dkv) {
-    round_to(dkey_rows + C, 3 * C, dk, keys.size(), HS);
-    round_to(dkey_rows + 2 * C, 3 * C, dv, keys.size(), HS);
+    X* rows = head.dqkv + keys.begin * 3 * C;
+    store_rows(rows + C, 3 * C, dk, keys.size(), s);
+    store_rows(rows + 2 * C, 3 * C, dv, keys.size(), s);
   }
 }
 
@@ -283,21 +268,21 @@ void backward(X* dqkv, const X* dout, const X* out, const float* lse, const X* q
     return Head<X>{dqkv + row * 3 * C + channel, dout + row * C + channel, out + row * C + channel, lse + i * T,
                    qkv + row * 3 * C + channel};
   };
-  if (heads >= kEnoughHeads || T <= kQueries) {
+  if (heads >= kEnoughHeads || T <= kItemPositions) {
 #pragma omp parallel for schedule(dynamic, 1) if (heads > 1)
     for (int64_t item = 0; item < heads; ++item) backward_pairs(head(item), s, {0, T}, {0, T}, true, true);
     return;
   }
-  const int64_t blocks = divide_up(T, kQueries);
+  const int64_t blocks = divide_up(T, kItemPositions);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t item = 0; item < 2 * heads * blocks; ++item) {
     // Longest first: late queries and early keys.
     const int64_t block = item / 2 / heads;
     if (item % 2 == 0) {
-      const int64_t begin = (blocks - 1 - block) * kQueries, end = min(begin + kQueries, T);
+      const int64_t begin = (blocks - 1 - block) * kItemPositions, end = min(begin + kItemPositions, T);
       backward_pairs(head(item / 2 % heads), s, {begin, end}, {0, end}, true, false);
     } else {
-      const int64_t begin = block * kQueries, end = min(begin + kQueries, T);
+      const int64_t begin = block * kItemPositions, end = min(begin + kItemPositions, T);
       backward_pairs(head(item / 2 % heads), s, {begin, T}, {begin, end}, false, true);
     }
   }

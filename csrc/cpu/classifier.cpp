@@ -25,10 +25,10 @@ void classify_row(X* logits, float* loss, int64_t target, int64_t V, int64_t Vp,
     const float previous = max;
 #pragma omp simd reduction(max : max)
     for (int64_t i = 0; i < n; ++i) max = to_float(x[i]) > max ? to_float(x[i]) : max;
-    if (max > previous) sum *= fast_exp(previous - max);
+    if (max > previous) sum *= probability_exp(previous - max);
     float block_sum = 0;
 #pragma omp simd reduction(+ : block_sum)
-    for (int64_t i = 0; i < n; ++i) block_sum += fast_exp(to_float(x[i]) - max);
+    for (int64_t i = 0; i < n; ++i) block_sum += probability_exp(to_float(x[i]) - max);
     sum += block_sum;
   }
 
@@ -38,8 +38,8 @@ void classify_row(X* logits, float* loss, int64_t target, int64_t V, int64_t Vp,
 
   const float scale = dloss / sum;
 #pragma omp simd
-  for (int64_t i = 0; i < V; ++i) store(logits + i, fast_exp(to_float(logits[i]) - max) * scale);
-  store(logits + target, (fast_exp(target_logit - max) / sum - 1.0f) * dloss);
+  for (int64_t i = 0; i < V; ++i) store(logits + i, probability_exp(to_float(logits[i]) - max) * scale);
+  store(logits + target, (probability_exp(target_logit - max) / sum - 1.0f) * dloss);
   for (int64_t i = V; i < Vp; ++i) store(logits + i, 0.0f);
 }
 
