@@ -1,9 +1,13 @@
 """The benchmark of the CPU path: llmc, PyTorch and, if given, llm.c, taking turns on this machine.
 
-Each contender trains the same model on rows of the same size in a process of its own. It is asked for a few steps at a
-time while the others rest, for several rounds, so that a machine whose speed drifts is fair to all. PyTorch runs as
-people would run it: flash attention, fused AdamW, eager and compiled. Every round also measures the machine itself: its
-multiply-adds in registers and the copying of memory. In the end llmc's step is taken apart into its operations.
+In a case like d12:4x64 each contender trains the same model on rows of the same size in a process of its own. It is
+asked for a few steps at a time while the others rest, for several rounds, so that a machine whose speed drifts is fair
+to all. PyTorch runs as people would run it: flash attention, fused AdamW, eager and compiled. Every round also measures
+the machine itself: its multiply-adds in registers and the copying of memory. In the end llmc's step is taken apart into
+its operations.
+
+In a case like d12:sample256 each contender draws texts of 256 tokens, one in each round: llmc and Hugging Face's
+generate (pip install transformers) with a cache of keys and values, PyTorch eager without one.
 
 llm.c's program is compiled by its user with the B and T of the case, and runs in the working directory, which must have
 the files that it reads. It has to do at least 3 + rounds * (steps + 1) steps.
@@ -28,18 +32,20 @@ from pathlib import Path
 from llmc import machine  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
 import torch  # isort: skip
-from benchmark_contenders import WORKERS, Case, Contender, Program, Worker, llmc_operations, parse_case
+from benchmark_cases import Case, Sampling, Training, parse_case
+from benchmark_contenders import Contender, Program, Worker
 
 from llmc.cli import Parser, run
 from llmc.errors import UsageError
 
 CASES = ["d12:4x64", "d12:4x256", "d12:1x1024", "chess:d8:4x256", "custom:l=4,c=128,h=4,t=64,v=65:12x64"]
-PEERS = [name for name in WORKERS if name != "llmc"]
+CASES += ["d12:sample256"]
+PEERS = list(Training.peers | Sampling.peers)
 COLUMNS = ["date", "machine", "threads", "torch", "command", "case", "contender"]
 COLUMNS += ["flops_per_step", "peak_gflops", "copy_gbs", "median_ms", "peak_mib"]
 COPY_BYTES = 2**28  # far more than the caches hold
 BYTES_PER_PARAMETER = 16  # weight, gradient, m and v in fp32, which all contenders hold
-SMALL = 0.005  # share of a step below which an operation has no line of its own
+SMALL = 0.005  # share of a step or text below which an operation has no line of its own
 
 Operation = tuple[float, ...]  # calls, seconds, flops, bytes
 
@@ -49,7 +55,7 @@ class Row:
     """What came of a contender."""
 
     contender: str
-    seconds: float  # median of a step
+    seconds: float  # median of a step or text
     memory: int  # bytes, peak
 
 
@@ -61,8 +67,8 @@ class Measurement:
     peak: float  # flop/s of multiply-adds, all threads, median
     bandwidth: float  # bytes/s read and written by a copy, median
     rows: list[Row]  # that of llmc first
-    operations: dict[str, Operation]  # of a step of llmc, means
-    timed_seconds: float  # of that step, mean
+    operations: dict[str, Operation]  # of a step or text of llmc, means
+    timed_seconds: float  # of that step or text, mean
 
     def share_of_peak(self, row: Row) -> float:
         return self.case.flops / row.seconds / self.peak
@@ -78,7 +84,8 @@ class Measurement:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     cases = [parse_case(name) for name in args.cases]
-    programs = dict(parse_program(text, args.cases) for text in args.llm_c)
+    programs = dict(parse_program(text, cases) for text in args.llm_c)
+    peers = available(args.peers, cases)
     if args.csv:
         check_csv(args.csv)
     if args.chart:
@@ -90,7 +97,8 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["scripts/benchmark.py", *argv])
     measurements = []
     for case in cases:
-        measurement = measure(case, args.peers, programs.get(case.name), threads, args.rounds, args.steps)
+        turn = args.steps if isinstance(case, Training) else 1  # a text is long enough
+        measurement = measure(case, peers, programs.get(case.name), threads, args.rounds, turn)
         report(measurement)
         report_operations(measurement)
         if args.csv:
@@ -102,11 +110,17 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:BxT", help=f"default: {' '.join(CASES)}")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=CASES,
+        metavar="CASE",
+        help=f"MODEL:BxT (training) or MODEL:sampleN; default: {' '.join(CASES)}",
+    )
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}")
     parser.add_argument("--llm-c", action="append", default=[], metavar="CASE=PATH", help="llm.c's train_gpt2 for CASE")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each contender in each round")
+    parser.add_argument("--steps", type=int, default=4, help="training steps of each contender in each round")
     parser.add_argument("--threads", type=int, help="of every contender; default: PyTorch's own number")
     parser.add_argument("--csv", type=Path, help="append the results to this file")
     parser.add_argument("--chart", type=Path, help="draw the times into this PNG file")
@@ -118,20 +132,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def parse_program(text: str, cases: list[str]) -> tuple[str, Path]:
-    for case in cases:
-        if text.startswith(f"{case}="):
-            path = Path(text.removeprefix(f"{case}="))
+def parse_program(text: str, cases: list[Case]) -> tuple[str, Path]:
+    names = [case.name for case in cases if isinstance(case, Training)]
+    for name in names:
+        if text.startswith(f"{name}="):
+            path = Path(text.removeprefix(f"{name}="))
             if not (path.is_file() and os.access(path, os.X_OK)):
                 raise UsageError(f"--llm-c {text}: '{path}' is no program")
-            return case, path
-    raise UsageError(f"--llm-c {text}: give CASE=PATH with CASE one of {' '.join(cases)}")
+            return name, path
+    raise UsageError(f"--llm-c {text}: give CASE=PATH with CASE one of those that train: {' '.join(names) or 'none'}")
+
+
+def available(peers: list[str], cases: list[Case]) -> list[str]:
+    """Without Hugging Face, and a line that says so, where it would take part and is not installed."""
+    takes_part = "huggingface" in peers and any("huggingface" in case.peers for case in cases)
+    if takes_part and importlib.util.find_spec("transformers") is None:
+        print("huggingface is left out: pip install transformers")
+        return [name for name in peers if name != "huggingface"]
+    return peers
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, peers: list[str], program: Path | None, threads: int, rounds: int, steps: int) -> Measurement:
+def measure(case: Case, peers: list[str], program: Path | None, threads: int, rounds: int, turn: int) -> Measurement:
+    """turn: how many steps or texts of each contender in each round."""
     from llmc import _C
 
     source = torch.ones(COPY_BYTES // 4)
@@ -147,25 +172,27 @@ def measure(case: Case, peers: list[str], program: Path | None, threads: int, ro
             peaks.append(_C.peak_flops())
             bandwidths.append(copy_bandwidth(source, target))
             for name, contender in contenders.items():
-                seconds[name] += contender.ask(steps)
+                seconds[name] += contender.ask(turn)
         rows = [Row(name, statistics.median(seconds[name]), contenders[name].peak_memory()) for name in contenders]
-    with closing(Worker("llmc", llmc_operations, case, threads)) as timed:
+    with closing(Worker("llmc", Case.llmc_operations, case, threads)) as timed:
         timed.warm_up()
-        timed_seconds, totals = timed.ask(steps)
+        timed_seconds, totals = timed.ask(turn)
     return Measurement(
         case=case,
         peak=statistics.median(peaks),
         bandwidth=statistics.median(bandwidths),
         rows=rows,
-        operations={name: tuple(total / steps for total in totals[name]) for name in totals},
+        operations={name: tuple(total / turn for total in totals[name]) for name in totals},
         timed_seconds=statistics.mean(timed_seconds),
     )
 
 
 def start(case: Case, peers: list[str], program: Path | None, threads: int) -> Iterator[tuple[str, Contender]]:
-    """Starts the contenders one by one."""
-    for name in ("llmc", *peers):
-        yield name, Worker(name, WORKERS[name], case, threads)
+    """Starts the contenders of the case one by one."""
+    yield "llmc", Worker("llmc", Case.llmc, case, threads)
+    for name in peers:
+        if name in case.peers:
+            yield name, Worker(name, case.peers[name], case, threads)
     if program:
         yield "llm.c", Program(program)
 
@@ -180,42 +207,57 @@ def copy_bandwidth(source: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def report(measurement: Measurement) -> None:
-    case, ours = measurement.case, measurement.rows[0]
+    case = measurement.case
+    work = f"{case.tokens} tokens" + (f" and {case.flops / 1e9:.3g} GFLOP" if case.flops else "")
     print(
-        f"\n{case.name}: {case.shape.num_parameters} parameters, {case.tokens} tokens and {case.flops / 1e9:.3g} GFLOP "
-        f"a step\nthe machine: {measurement.peak / 1e9:.0f} GFLOP/s in registers (peak), "
-        f"{measurement.bandwidth / 1e9:.1f} GB/s copying\n"
-        f"{'':10}{'ms/step':>10}{'tok/s':>9}{'to llmc':>9}{'GFLOP/s':>9}{'of peak':>9}"
-        f"{'peak MiB':>10}{'beyond*':>9}{'to llmc':>9}"
+        f"\n{case.name}: {case.shape.num_parameters} parameters, {work} a {case.unit}\n"
+        f"the machine: {measurement.peak / 1e9:.0f} GFLOP/s in registers (peak), "
+        f"{measurement.bandwidth / 1e9:.1f} GB/s copying"
     )
-    for row in measurement.rows:
+    table = [cells(measurement, row) for row in measurement.rows]
+    for name, *numbers in (table[0], *(row.values() for row in table)):
+        print(f"{name:12}" + "".join(f"{number:>10}" for number in numbers))
+    starred = f"; * {BYTES_PER_PARAMETER} bytes per parameter: weights, gradients, m and v"
+    print(f"(medians{starred if isinstance(case, Training) else ''})", flush=True)
+
+
+def cells(measurement: Measurement, row: Row) -> dict[str, str]:
+    """What the table says of a contender, by the heads of its columns."""
+    case, training = measurement.case, isinstance(measurement.case, Training)
+    cells = {
+        "": row.contender,
+        f"ms/{case.unit}": f"{row.seconds * 1e3:.1f}",
+        "tok/s": f"{case.tokens / row.seconds:.0f}",
+        "to llmc": f"{measurement.relative_seconds(row):.2f}x",
+    }
+    if training:
+        cells["GFLOP/s"] = f"{case.flops / row.seconds / 1e9:.1f}"
+        cells["of peak"] = f"{measurement.share_of_peak(row):.1%}"
+    cells["peak MiB"] = f"{row.memory / 2**20:.0f}"
+    if training:
         excess = measurement.excess_memory(row)
-        print(
-            f"{row.contender:10}{row.seconds * 1e3:10.1f}{case.tokens / row.seconds:9.0f}"
-            f"{measurement.relative_seconds(row):8.2f}x{case.flops / row.seconds / 1e9:9.1f}"
-            f"{measurement.share_of_peak(row):9.1%}{row.memory / 2**20:10.0f}{excess / 2**20:9.0f}"
-            f"{excess / measurement.excess_memory(ours):8.2f}x"
-        )
-    print(f"(medians; * {BYTES_PER_PARAMETER} bytes per parameter: weights, gradients, m and v)", flush=True)
+        cells["beyond*"] = f"{excess / 2**20:.0f}"
+        cells["to llmc*"] = f"{excess / measurement.excess_memory(measurement.rows[0]):.2f}x"
+    return cells
 
 
 def report_operations(measurement: Measurement) -> None:
-    """Of llmc's step, the longest first."""
-    step = measurement.timed_seconds
+    """Of llmc's step or text, the longest first."""
+    unit, whole = measurement.case.unit, measurement.timed_seconds
     by_time = sorted(measurement.operations.items(), key=lambda item: -item[1][1])
-    lines = [(name, operation) for name, operation in by_time if operation[1] >= SMALL * step]
-    if others := [operation for _, operation in by_time if operation[1] < SMALL * step]:
+    lines = [(name, operation) for name, operation in by_time if operation[1] >= SMALL * whole]
+    if others := [operation for _, operation in by_time if operation[1] < SMALL * whole]:
         lines.append(("others", tuple(map(sum, zip(*others, strict=True)))))
     width = max(len(name) for name, _ in lines)
-    print(f"\n{'llmc':{width}}{'calls':>7}{'ms':>10}{'of step':>9}{'GFLOP/s':>9}{'of peak':>9}{'GB/s':>8}")
+    print(f"\n{'llmc':{width}}{'calls':>7}{'ms':>10}{f'of {unit}':>9}{'GFLOP/s':>9}{'of peak':>9}{'GB/s':>8}")
     for name, (calls, seconds, flops, moved) in lines:
         rate = flops / seconds
         compute = f"{rate / 1e9:9.1f}{rate / measurement.peak:9.1%}" if flops else " " * 18
         print(
-            f"{name:{width}}{calls:7g}{seconds * 1e3:10.3f}{seconds / step:9.1%}{compute}{moved / seconds / 1e9:8.1f}"
+            f"{name:{width}}{calls:7g}{seconds * 1e3:10.3f}{seconds / whole:9.1%}{compute}{moved / seconds / 1e9:8.1f}"
         )
-    between = step - sum(seconds for _, seconds, _, _ in measurement.operations.values())
-    print(f"{'between them':{width}}{'':7}{between * 1e3:10.3f}{between / step:9.1%}", flush=True)
+    between = whole - sum(seconds for _, seconds, _, _ in measurement.operations.values())
+    print(f"{'between them':{width}}{'':7}{between * 1e3:10.3f}{between / whole:9.1%}", flush=True)
 
 
 def check_csv(path: Path) -> None:
@@ -261,9 +303,9 @@ def draw(path: Path, measurements: list[Measurement], threads: int) -> None:
         bars = axes.bar(
             [place + shift for place, _, _ in rows], [m.relative_seconds(row) for _, m, row in rows], width, label=name
         )
-        axes.bar_label(bars, [f"{m.share_of_peak(row):.0%}" for _, m, row in rows], fontsize=8)
+        axes.bar_label(bars, [f"{m.share_of_peak(row):.0%}" if m.case.flops else "" for _, m, row in rows], fontsize=8)
     axes.set_xticks(range(len(measurements)), ["\n".join(m.case.name.rsplit(":", 1)) for m in measurements], fontsize=8)
-    axes.set_ylabel("time of a step relative to llmc")
+    axes.set_ylabel("time relative to llmc")
     axes.set_title(f"{machine.cpu_name()}, {threads} threads\n(on the bars: share of the peak)", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")

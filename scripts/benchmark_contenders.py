@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py compares: contenders, each in a process of its own that rests between its turns."""
+"""Who takes part in scripts/benchmark.py: contenders, each in a process of its own that rests between its turns."""
 
 import multiprocessing
 import os
@@ -9,68 +9,31 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmc import machine, models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
+from llmc import machine  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
 import torch  # isort: skip
-import torch_peer
+from benchmark_cases import Answer, Case, Training
 
-from llmc.errors import RunError, UsageError
+from llmc.errors import RunError
 from llmc.failure import describe
-from llmc.model_file import ModelShape
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from llmc import _C
-
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
-WARMUP_STEPS = 3  # allocations, compilation, first touches
 LONGEST_STEP = 600  # seconds without a word of a program after which it is given up
 
 
-@dataclass(frozen=True)
-class Case:
-    """Training steps of a model on B rows of T tokens."""
-
-    name: str  # MODEL:BxT
-    shape: ModelShape
-    B: int
-    T: int
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.B * self.T
-
-    @property
-    def flops(self) -> int:
-        """Of a step."""
-        return self.tokens * self.shape.flops_per_token(self.T)
-
-
-def parse_case(name: str) -> Case:
-    descriptor, _, sizes = name.rpartition(":")
-    B, _, T = sizes.partition("x")
-    if not (B.isdecimal() and T.isdecimal() and int(B) > 0):
-        raise UsageError(f"--cases {name}: give MODEL:BxT, such as d12:4x64")
-    shape = models.resolve(descriptor, None)
-    if not 0 < int(T) <= shape.max_seq_len:
-        raise UsageError(f"--cases {name}: T must be from 1 to the model's context of {shape.max_seq_len}")
-    return Case(name, shape, int(B), int(T))
-
-
 class Contender(Protocol):
-    """A process that runs steps when it is asked to."""
+    """A process that works when it is asked to."""
 
     def warm_up(self) -> None:
         """Returns when it is ready for the first turn."""
 
     def ask(self, count: int) -> Any:
-        """Its turn: the seconds of each of `count` steps, and what else it may have to say."""
+        """Its turn: the seconds of each of `count` units of its work, and what else it may have to say."""
 
     def peak_memory(self) -> int:
         """The most bytes that it has held in main memory."""
@@ -89,13 +52,11 @@ def peak_memory(pid: int) -> int:
     raise RunError(f"/proc/{pid}/status does not tell the peak memory of a process: use Linux")
 
 
-# --- llmc and PyTorch -------------------------------------------------------------------------------------------------
-
-Answer = Callable[[int], Any]  # to a number of steps
+# --- in Python --------------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A contender in Python. `build` makes it, warm, in the new process."""
+    """A contender in Python: what `build` makes of a case, warm, in the new process."""
 
     def __init__(self, name: str, build: Callable[[Case], Answer], case: Case, threads: int) -> None:
         self.name = f"{name} of {case.name}"
@@ -148,75 +109,6 @@ def serve(build: Callable[[Case], Answer], case: Case, threads: int, pipe: "Conn
         pipe.send(RunError(line.splitlines()[0]))
 
 
-def timed(step: Callable[[], float]) -> Callable[[int], list[float]]:
-    """A warm step's answer: the seconds of each."""
-
-    def seconds() -> float:
-        started = time.perf_counter()
-        step()
-        return time.perf_counter() - started
-
-    for _ in range(WARMUP_STEPS):
-        step()
-    return lambda count: [seconds() for _ in range(count)]
-
-
-def random_tokens(case: Case) -> torch.Tensor:
-    """(B,T+1): inputs and, one further, targets."""
-    return torch.randint(case.shape.vocab_size, (case.B, case.T + 1), generator=torch.Generator().manual_seed(1))
-
-
-def llmc(case: Case) -> Callable[[int], list[float]]:
-    return timed(steps_of(llmc_model(case), random_tokens(case)))
-
-
-def llmc_operations(case: Case) -> Answer:
-    """Answers with the seconds of each step and, of all of them, operation_times()."""
-    model = llmc_model(case, timed=True)
-    answer = timed(steps_of(model, random_tokens(case)))
-    model.operation_times()  # those of the warm-up
-    return lambda count: (answer(count), model.operation_times())
-
-
-def llmc_model(case: Case, timed: bool = False) -> "_C.GPT2":
-    from llmc import _C
-
-    options = _C.Options(batch_size=case.B, seq_len=case.T, gelu_fusion=2)
-    return _C.GPT2(_C.GPT2Config(**vars(case.shape)), options, timed=timed)
-
-
-def steps_of(model: "_C.GPT2", tokens: torch.Tensor) -> Callable[[], float]:
-    """A step of an llmc model from random parameters on tokens (B,T+1); returns the loss."""
-    model.init_random()
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    done = 0
-
-    def step() -> float:
-        nonlocal done
-        done += 1
-        model.forward(x)
-        model.backward(y)
-        model.update(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, step=done)
-        return float(model.loss())
-
-    return step
-
-
-def eager(case: Case, compiled: bool = False) -> Callable[[int], list[float]]:
-    model, optimizer = torch_peer.make(case.shape, WEIGHT_DECAY)
-    tokens = random_tokens(case)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if compiled:
-        model = torch.compile(model)
-    return timed(lambda: torch_peer.train_step(model, optimizer, x, y, LEARNING_RATE))
-
-
-def compiled(case: Case) -> Callable[[int], list[float]]:
-    return eager(case, compiled=True)
-
-
-WORKERS = {"llmc": llmc, "eager": eager, "compiled": compiled}
-
 # --- a program --------------------------------------------------------------------------------------------------------
 
 STEP_LINE = re.compile(r"step \d+: train loss \S+ \(took ([\d.]+) ms\)")
@@ -241,7 +133,7 @@ class Program:
         self.peak = 0
 
     def warm_up(self) -> None:
-        for _ in range(WARMUP_STEPS):
+        for _ in range(Training.warmup):
             self.next_step()
         self.stop()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from llmc import models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
-import benchmark_contenders  # isort: skip
+import benchmark_cases  # isort: skip
 import pynvml  # isort: skip
 import torch
 import torch_peer
@@ -74,7 +74,8 @@ def llmc_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable
     config = TrainConfig(model=descriptor, batch_size=B, seq_len=length)
     shape = models.resolve(descriptor, None)
     model = _C.GPT2(core_config(descriptor, shape), core_options(config, "bf16", device))
-    return benchmark_contenders.steps_of(model, tokens)
+    model.init_random()
+    return benchmark_cases.steps_of(model, tokens)
 
 
 def torch_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable[[], float]:
@@ -85,7 +86,7 @@ def torch_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callabl
     if device.is_cuda:  # on a CPU, for the tests of this file, compiling takes too long
         model = torch.compile(model)
     x, y = tokens[:, :-1].to(kind), tokens[:, 1:].to(kind)
-    return lambda: torch_peer.train_step(InBf16(model, kind), optimizer, x, y, benchmark_contenders.LEARNING_RATE)
+    return lambda: torch_peer.train_step(InBf16(model, kind), optimizer, x, y, benchmark_cases.LEARNING_RATE)
 
 
 class InBf16(torch.nn.Module):

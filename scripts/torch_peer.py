@@ -6,10 +6,15 @@ import train_gpt2
 from llmc.model_file import ModelShape
 
 
-def make(shape: ModelShape, weight_decay: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model of those sizes with flash attention, and fused AdamW."""
+def make_model(shape: ModelShape) -> train_gpt2.GPT:
+    """A model of those sizes with flash attention."""
     sizes = (shape.max_seq_len, shape.vocab_size, shape.num_layers, shape.num_heads, shape.channels)
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(*sizes), flash=True)
+    return train_gpt2.GPT(train_gpt2.GPTConfig(*sizes), flash=True)
+
+
+def make(shape: ModelShape, weight_decay: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Such a model, and fused AdamW."""
+    model = make_model(shape)
     return model, train_gpt2.make_optimizer(model, weight_decay, fused=True, sharded=False)
 
 

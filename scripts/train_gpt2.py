@@ -115,26 +115,31 @@ class GPT(nn.Module):
             block.fcproj.weight.normal_(0.0, scaled, generator=generator)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """tokens, targets: (B, T) int64. Returns logits (B, T, V) and the mean loss (None without targets)."""
+        """tokens, targets: (B, T) int64. Returns logits (B, T, V) and the mean loss.
+
+        Without targets only the logits of the last position, (B, 1, V), and None: all that sampling needs.
+        """
         T = tokens.size(1)
         future = None if self.flash else torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)
         x = self.wte(tokens) + self.wpe.weight[:T]
         for block in self.h:
             x = block(x, future)
-        logits = F.linear(self.lnf(x), self.wte.weight)
         if targets is None:
-            return logits, None
+            return F.linear(self.lnf(x[:, -1:]), self.wte.weight), None
+        logits = F.linear(self.lnf(x), self.wte.weight)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, start: int, count: int, top_k: int, generator: torch.Generator) -> list[int]:
-        """Sample `count` tokens after `start` at temperature 1 from the `top_k` likeliest."""
+    def generate(self, start: int, count: int, top_k: int | None, generator: torch.Generator) -> list[int]:
+        """Sample `count` tokens after `start` at temperature 1, from the `top_k` likeliest or from all."""
         tokens = torch.tensor([[start]], device=self.wte.weight.device)
         for _ in range(count):
-            logits, _ = self(tokens[:, -self.config.max_seq_len :])
-            likeliest = logits[0, -1].float().topk(min(top_k, self.config.vocab_size))
-            choice = torch.multinomial(likeliest.values.softmax(0), 1, generator=generator)
-            tokens = torch.cat([tokens, likeliest.indices[choice][None]], dim=1)
+            logits = self(tokens[:, -self.config.max_seq_len :])[0][0, -1].float()
+            if top_k is not None:
+                lowest = logits.topk(min(top_k, self.config.vocab_size)).values[-1]
+                logits = logits.masked_fill(logits < lowest, -math.inf)
+            choice = torch.multinomial(logits.softmax(0), 1, generator=generator)
+            tokens = torch.cat([tokens, choice[None]], dim=1)
         return tokens[0, 1:].tolist()
 
 

@@ -15,7 +15,9 @@ import pytest
 from llmc.errors import RunError, UsageError
 
 ROOT = Path(__file__).parent.parent
-TINY = "custom:l=1,c=16,h=2,t=16,v=65:2x8"
+TINY_MODEL = "custom:l=1,c=16,h=2,t=16,v=65"
+TINY = f"{TINY_MODEL}:2x8"
+TEXTS = f"{TINY_MODEL}:sample12"
 # wte of 128 padded rows, wpe, a layer (12 C² in matrices, 13 C in vectors), the last layernorm
 TINY_PARAMETERS = 128 * 16 + 16 * 16 + (12 * 16 * 16 + 13 * 16) + 2 * 16
 
@@ -27,6 +29,13 @@ def benchmark():
         import benchmark
 
         yield benchmark
+
+
+@pytest.fixture(scope="module")
+def cases(benchmark):
+    import benchmark_cases
+
+    return benchmark_cases
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ done
 def test_a_run(tmp_path):
     fake = program(tmp_path / "train_gpt2", STEPS % 1000)
     command = [sys.executable, ROOT / "scripts/benchmark.py", "--rounds", "1", "--steps", "1", "--threads", "1"]
-    command += ["--cases", TINY, "--peers", "eager", "--llm-c", f"{TINY}={fake}"]
+    command += ["--cases", TINY, TEXTS, "--peers", "eager", "--llm-c", f"{TINY}={fake}"]
     command += ["--csv", "b.csv", "--chart", "b.png"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
@@ -67,14 +76,20 @@ def test_a_run(tmp_path):
         assert re.search(
             rf"^{name} +[\d.]+ +\d+ +[\d.]+x +[\d.]+ +[\d.]+% +\d+ +-?\d+ +-?[\d.]+x$", result.stdout, re.M
         )
+    for name in ("llmc", "eager"):
+        assert re.search(rf"^{name} +[\d.]+ +\d+ +[\d.]+x +\d+$", result.stdout, re.M)
+    assert f"{TEXTS}: {TINY_PARAMETERS} parameters, 11 tokens a text" in result.stdout
     assert re.search(r"^matmul_forward 16x48x16 +1 +[\d.]+ +[\d.]+% +[\d.]+ +[\d.]+% +[\d.]+$", result.stdout, re.M)
-    assert re.search(r"^between them +[\d.]+ +[\d.]+%$", result.stdout, re.M)
+    assert re.search(r"^matmul_forward 1x48x16 +11 ", result.stdout, re.M)
+    assert len(re.findall(r"^between them +[\d.]+ +[\d.]+%$", result.stdout, re.M)) == 2
 
     with open(tmp_path / "b.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["contender"] for row in rows] == ["llmc", "eager", "llm.c"]
+    expected = [(TINY, name, str(flops)) for name in ("llmc", "eager", "llm.c")]
+    expected += [(TEXTS, name, "0") for name in ("llmc", "eager")]
+    assert [(row["case"], row["contender"], row["flops_per_step"]) for row in rows] == expected
     for row in rows:
-        assert (row["case"], row["threads"], row["flops_per_step"]) == (TINY, "1", str(flops))
+        assert row["threads"] == "1"
         assert 0.1 < float(row["peak_gflops"]) < 10_000
         assert 0.1 < float(row["copy_gbs"]) < 10_000
         assert 0 < float(row["median_ms"]) < 10_000
@@ -84,8 +99,27 @@ def test_a_run(tmp_path):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_flops_and_shares(benchmark, contenders):
-    case = contenders.parse_case("d12:4x64")
+@pytest.mark.parametrize("name", ["llmc", "eager", "huggingface"])
+def test_texts(cases, monkeypatch, name):
+    if name == "huggingface":
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(cases.Case, "timed", lambda case, work: work())
+    text = getattr(cases.parse_case(TEXTS), name)()
+    assert len(text) == 11
+    assert all(0 <= token < 65 for token in text)
+
+
+def test_hugging_face_is_left_out_where_it_is_missing(benchmark, cases, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peers = ["eager", "huggingface"]
+    assert benchmark.available(peers, [cases.parse_case(TINY)]) == peers
+    assert capsys.readouterr().out == ""
+    assert benchmark.available(peers, [cases.parse_case(TEXTS)]) == ["eager"]
+    assert capsys.readouterr().out == "huggingface is left out: pip install transformers\n"
+
+
+def test_flops_and_shares(benchmark, cases):
+    case = cases.parse_case("d12:4x64")
     assert case.tokens == 256
     assert case.flops == 256 * (6 * 124475904 + 6 * 12 * 768 * 64)
     rows = [benchmark.Row("llmc", 0.5, 2500 * 2**20), benchmark.Row("eager", 0.75, 3000 * 2**20)]
@@ -95,8 +129,8 @@ def test_flops_and_shares(benchmark, contenders):
     assert measurement.excess_memory(rows[1]) == 3000 * 2**20 - 16 * 124475904
 
 
-def test_small_operations_share_a_line(benchmark, contenders, capsys):
-    case = contenders.parse_case(TINY)
+def test_small_operations_share_a_line(benchmark, cases, capsys):
+    case = cases.parse_case(TINY)
     operations = {
         "small": (1, 0.001, 0, 1e6),
         "matmul_forward 1x2x3": (2, 0.5, 1e9, 1e9),
@@ -115,16 +149,20 @@ def test_small_operations_share_a_line(benchmark, contenders, capsys):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--cases", "d12"], "--cases d12: give MODEL:BxT, such as d12:4x64"),
+        (["--cases", "d12"], "--cases d12: give MODEL:BxT or MODEL:sampleN, such as d12:4x64 or d12:sample256"),
         (["--cases", "d12:0x64"], "--cases d12:0x64: give MODEL:BxT"),
-        (["--cases", "d12:1x1025"], "T must be from 1 to the model's context of 1024"),
+        (["--cases", "d12:sample"], "--cases d12:sample: give MODEL:BxT or MODEL:sampleN"),
+        (["--cases", "d12:1x1025"], "a row has from 1 to 1024 tokens, the model's context"),
+        (["--cases", "d12:sample1025"], "a row has from 2 to 1024 tokens, the model's context"),
+        (["--cases", "d12:sample0"], "a row has from 2 to 1024 tokens"),
         (["--cases", "d13:4x64"], "d13 is no model"),
         (["--cases", "custom:l=1,c=16,h=2,t=16:1x8"], "add ,v=SIZE"),
         (["--rounds", "0"], "--rounds and --steps must be 1 or more"),
         (["--threads", "0"], "--threads must be 1 or more"),
         (["--steps", "few"], "argument --steps: invalid int value: 'few'"),
         (["--peers", "jax"], "invalid choice: 'jax'"),
-        (["--llm-c", "d24:1x64=train_gpt2"], "give CASE=PATH with CASE one of d12:4x64"),
+        (["--llm-c", "d24:1x64=train_gpt2"], "give CASE=PATH with CASE one of those that train: d12:4x64"),
+        (["--cases", "d12:sample2", "--llm-c", "d12:sample2=train_gpt2"], "CASE one of those that train: none"),
         (["--llm-c", "d12:4x64=nothing"], "'nothing' is no program"),
         (["--chart", "nowhere/b.png"], "there is no directory nowhere"),
     ],
@@ -142,16 +180,16 @@ def test_a_csv_file_with_other_columns_is_left_alone(benchmark, tmp_path):
     assert path.read_text() == "date,machine\n"
 
 
-def test_an_error_in_a_process_is_one_line(contenders, capfd):
-    case = replace(contenders.parse_case(TINY), T=17)
-    worker = contenders.Worker("llmc", contenders.llmc, case, threads=1)
+def test_an_error_in_a_process_is_one_line(cases, contenders, capfd):
+    case = replace(cases.parse_case(TINY), T=17)
+    worker = contenders.Worker("llmc", cases.Case.llmc, case, threads=1)
     with closing(worker), pytest.raises(RunError, match=rf"^llmc of {TINY}: .*17"):
         worker.warm_up()
     assert capfd.readouterr().err == ""
 
 
-def test_a_process_that_was_killed(contenders):
-    worker = contenders.Worker("llmc", contenders.llmc, contenders.parse_case(TINY), threads=1)
+def test_a_process_that_was_killed(cases, contenders):
+    worker = contenders.Worker("llmc", cases.Case.llmc, cases.parse_case(TINY), threads=1)
     with closing(worker), pytest.raises(RunError, match=rf"^llmc of {TINY}: its process ended with status -9$"):
         worker.process.kill()
         worker.process.join()

@@ -434,6 +434,23 @@ def test_validation_and_sampling(shard: str, tmp_path: Path, capsys) -> None:
     assert all(0 <= int(token) < 19 for token in samples[0].split()) and len(samples[0].split()) == 32
 
 
+def test_generate_draws_from_the_likeliest() -> None:
+    model = tiny_model()
+    expected = [3]
+    for _ in range(5):
+        x = torch.tensor([expected])
+        expected.append(int(model(x, x)[0][0, -1].argmax()))
+    assert model.generate(3, 5, top_k=1, generator=torch.Generator()) == expected[1:]
+    drawn = [
+        model.generate(3, 1, top_k=top_k, generator=torch.Generator().manual_seed(i))[0]
+        for top_k in (4, None)
+        for i in range(100)
+    ]
+    likeliest = set(model(torch.tensor([[3]]))[0][0, -1].topk(4).indices.tolist())
+    assert set(drawn[:100]) == likeliest
+    assert set(drawn[100:]) > likeliest
+
+
 def test_inference_only_changes_nothing(shard: str, tmp_path: Path, capsys) -> None:
     run_script("--input_bin", shard, "--inference_only", "1", "--num_iterations", "2", "--output_dir", str(tmp_path))
     first, second = steps_of(capsys.readouterr().out)
