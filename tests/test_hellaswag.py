@@ -71,7 +71,7 @@ def choices_of_pytorch(reference, model, examples):
         for completion in completions:
             row = torch.tensor(context + completion)
             with torch.no_grad():
-                logits, _ = twin(row[None, :-1])
+                logits, _ = twin(row[None, :-1], row[None, 1:])
             losses = torch.nn.functional.cross_entropy(logits[0], row[1:], reduction="none")
             means.append(float(losses[-len(completion) :].mean()))
         best, second = sorted(means)[:2]
