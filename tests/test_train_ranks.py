@@ -4,8 +4,8 @@ import contextlib
 import io
 import os
 import random
-import shutil
 import re
+import shutil
 import signal
 import struct
 import time
