@@ -129,19 +129,13 @@ py::dict memory(const GPT2& model) {
   return result;
 }
 
-// What the model was made with; throws if it does not time its operations.
-TimedOps& timed_ops(GPT2& model) {
+py::dict operation_times(GPT2& model) {
   TimedOps* ops = dynamic_cast<TimedOps*>(&model.ops());
   LLMC_CHECK(ops != nullptr, "the model does not time its operations: make it with timed=True");
-  return *ops;
-}
-
-py::dict operation_times(GPT2& model) {
-  TimedOps& ops = timed_ops(model);
   py::dict result;
-  for (const auto& [name, time] : ops.times())
+  for (const auto& [name, time] : ops->times())
     result[py::str(name)] = py::make_tuple(time.calls, time.seconds, time.flops, time.bytes);
-  ops.forget();
+  ops->forget();
   return result;
 }
 

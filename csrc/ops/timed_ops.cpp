@@ -20,15 +20,6 @@ double bytes_of_gradients(std::initializer_list<Tensor> tensors, bool accumulate
   return (accumulate ? 2 : 1) * bytes_of(tensors);
 }
 
-// A product of (m,k) and (k,n).
-std::string product(const char* name, int64_t m, int64_t n, int64_t k) {
-  char text[96];
-  std::snprintf(text, sizeof text, "%s %" PRId64 "x%" PRId64 "x%" PRId64, name, m, n, k);
-  return text;
-}
-
-double product_flops(double m, double n, double k) { return 2 * m * n * k; }
-
 // q·kᵀ and p·v over the causal half, of all heads and the queries from `first` on.
 double attention_flops(const Tensor& qkv, int64_t first) {
   const double T = double(qkv.shape[1]), before = double(first);
@@ -48,6 +39,13 @@ void TimedOps::timed(const std::string& name, double flops, double bytes, F&& op
   time.seconds += passed.count();
   time.flops += flops;
   time.bytes += bytes;
+}
+
+template <typename F>
+void TimedOps::timed_product(const char* name, int64_t m, int64_t n, int64_t k, double bytes, F&& operation) {
+  char text[96];
+  std::snprintf(text, sizeof text, "%s %" PRId64 "x%" PRId64 "x%" PRId64, name, m, n, k);
+  timed(text, 2 * double(m) * double(n) * double(k), bytes, operation);
 }
 
 void TimedOps::fill_zero(Tensor x) {
@@ -92,33 +90,32 @@ void TimedOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tenso
 
 void TimedOps::matmul_forward(Tensor out, Tensor x, Tensor weight, Tensor bias) {
   const int64_t m = x.rows(), n = weight.rows(), k = weight.last();
-  timed(product("matmul_forward", m, n, k), product_flops(m, n, k), bytes_of({out, x, weight, bias}),
-        [&] { ops_->matmul_forward(out, x, weight, bias); });
+  timed_product("matmul_forward", m, n, k, bytes_of({out, x, weight, bias}),
+                [&] { ops_->matmul_forward(out, x, weight, bias); });
 }
 
 void TimedOps::matmul_gelu_forward(Tensor out, Tensor pre, Tensor x, Tensor weight, Tensor bias) {
   const int64_t m = x.rows(), n = weight.rows(), k = weight.last();
-  timed(product("matmul_gelu_forward", m, n, k), product_flops(m, n, k), bytes_of({out, pre, x, weight, bias}),
-        [&] { ops_->matmul_gelu_forward(out, pre, x, weight, bias); });
+  timed_product("matmul_gelu_forward", m, n, k, bytes_of({out, pre, x, weight, bias}),
+                [&] { ops_->matmul_gelu_forward(out, pre, x, weight, bias); });
 }
 
 void TimedOps::matmul_backward_input(Tensor dx, Tensor dout, Tensor weight) {
   const int64_t m = dout.rows(), n = weight.last(), k = weight.rows();
-  timed(product("matmul_backward_input", m, n, k), product_flops(m, n, k), bytes_of({dx, dout, weight}),
-        [&] { ops_->matmul_backward_input(dx, dout, weight); });
+  timed_product("matmul_backward_input", m, n, k, bytes_of({dx, dout, weight}),
+                [&] { ops_->matmul_backward_input(dx, dout, weight); });
 }
 
 void TimedOps::matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) {
   const int64_t m = dout.rows(), n = weight.last(), k = weight.rows();
-  timed(product("matmul_gelu_backward_input", m, n, k), product_flops(m, n, k), bytes_of({dpre, dout, weight, pre}),
-        [&] { ops_->matmul_gelu_backward_input(dpre, dout, weight, pre); });
+  timed_product("matmul_gelu_backward_input", m, n, k, bytes_of({dpre, dout, weight, pre}),
+                [&] { ops_->matmul_gelu_backward_input(dpre, dout, weight, pre); });
 }
 
 void TimedOps::matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) {
   const int64_t m = dout.last(), n = x.last(), k = dout.rows();
-  timed(product("matmul_backward_weight", m, n, k), product_flops(m, n, k),
-        bytes_of({dout, x}) + bytes_of_gradients({dweight}, accumulate),
-        [&] { ops_->matmul_backward_weight(dweight, dout, x, accumulate); });
+  timed_product("matmul_backward_weight", m, n, k, bytes_of({dout, x}) + bytes_of_gradients({dweight}, accumulate),
+                [&] { ops_->matmul_backward_weight(dweight, dout, x, accumulate); });
 }
 
 void TimedOps::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {

@@ -64,6 +64,8 @@ class TimedOps final : public Ops {
  private:
   template <typename F>
   void timed(const std::string& name, double flops, double bytes, F&& operation);
+  template <typename F>  // (m,k) times (k,n)
+  void timed_product(const char* name, int64_t m, int64_t n, int64_t k, double bytes, F&& operation);
 
   std::unique_ptr<Ops> ops_;
   std::map<std::string, OpTime> times_;
