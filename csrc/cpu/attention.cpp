@@ -16,6 +16,7 @@
 #include "core/integers.h"
 #include "cpu/cpu_ops.h"
 #include "cpu/math.h"
+#include "cpu/panel.h"
 #include "cpu/scratch.h"
 #include "cpu/small_product.h"
 
@@ -131,7 +132,7 @@ void forward_queries(X* out, float* lse, const X* qkv, const Shape& s, int64_t b
   for (int64_t first = begin; first < end; first += kQueries) {
     const int64_t rows = min(kQueries, end - first), last_key = round_up(first + rows, kRows);
     copy_rows(rows_of_block, qkv + first * 3 * C, 3 * C, rows, kQueries, s);
-    transpose(q, kQueries, rows_of_block, width, kQueries, HS, s.scale());
+    copy_transposed(q, rows_of_block, width, kQueries, HS, s.scale());
     Lanes maximum, sum = {};
     for (float& x : maximum.x) x = -FLT_MAX;  // not -inf: -inf - -inf would be NaN
     for (int64_t key = 0; key < last_key; key += kKeys) {
@@ -225,8 +226,8 @@ void backward_pairs(const Head<X>& head, const Shape& s, Range queries, Range ke
     const int64_t rows = min(kQueries, queries.end - first);
     copy_rows(q, head.qkv + first * 3 * C, 3 * C, rows, kQueries, s, s.scale());
     copy_rows(dout, head.dout + first * C, C, rows, kQueries, s);
-    transpose(q_transposed, kQueries, q, width, kQueries, HS, 1);
-    transpose(dout_transposed, kQueries, dout, width, kQueries, HS, 1);
+    copy_transposed(q_transposed, q, width, kQueries, HS);
+    copy_transposed(dout_transposed, dout, width, kQueries, HS);
     Lanes lse = {}, delta = {};  // Σ_u p·dp, which is dout·out
     for (int64_t r = 0; r < rows; ++r) {
       const X* o = head.out + (first + r) * C;

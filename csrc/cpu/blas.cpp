@@ -75,10 +75,11 @@ const Library& library() {
 
 }  // namespace
 
-void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-          const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+          const float* b, int64_t ldb, bool accumulate, float* c, int64_t ldc) {
   // A row-major product is the column-major product of the swapped operands.
   const char trans_a = transpose_a ? 'T' : 'N', trans_b = transpose_b ? 'T' : 'N';
+  const float alpha = 1, beta = accumulate ? 1 : 0;
   const int im = int(m), in = int(n), ik = int(k), ia = int(lda), ib = int(ldb), ic = int(ldc);
   if (library().mkl) {
     // Outside a parallel region MKL would start its own threads. The setting belongs to the calling thread, which may be

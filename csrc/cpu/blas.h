@@ -5,10 +5,10 @@
 
 namespace llmc::blas {
 
-// C (m,n) = alpha·op(A)·op(B) + beta·C, all row-major; op(A) is (m,k), op(B) is (k,n); ld* are row strides.
+// C (m,n) = or += op(A)·op(B), all row-major; op(A) is (m,k), op(B) is (k,n); ld* are row strides.
 // Runs on the calling thread alone: callers split the work inside an OpenMP parallel region.
-void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-          const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
+void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+          const float* b, int64_t ldb, bool accumulate, float* c, int64_t ldc);
 
 // Name and version of the library in use, for reports.
 const char* name();

@@ -40,6 +40,16 @@ LLMC_INLINE float probability_exp(float x) {
   return x < -87.0f ? 0.0f : result;
 }
 
+// 1/x for 1 <= x < 2^126, and for NaN; to 1 ulp. Takes a third of a division's time with 512-bit vectors.
+LLMC_INLINE float reciprocal(float x) {
+  // Subtracting from a constant negates the exponent: within 5.1 %. With e = 1 - x·y, the step y + y·(e + e²) leaves e³.
+  float y = bits_float(0x7EF311C7u - float_bits(x));
+  float e = multiply_add(-x, y, 1.0f);
+  y = multiply_add(y, multiply_add(e, e, e), y);
+  e = multiply_add(-x, y, 1.0f);
+  return multiply_add(y, e, y);
+}
+
 constexpr float kGeluSlope = 1.59576912f;  // 2·√(2/π)
 constexpr float kGeluCubic = 0.044715f;
 
@@ -55,7 +65,7 @@ LLMC_INLINE float gelu_bounded(float x) {
 LLMC_INLINE float gelu(float x) {
   const float bounded = gelu_bounded(x);
   const float u2 = kGeluSlope * bounded * multiply_add(kGeluCubic, bounded * bounded, 1.0f);
-  const float result = x / (1.0f + bounded_exp(-u2));
+  const float result = x * reciprocal(1.0f + bounded_exp(-u2));
   return x < -9.9f ? 0.0f : result;
 }
 
@@ -66,7 +76,7 @@ LLMC_INLINE float gelu_grad(float x) {
   const float u2 = kGeluSlope * x * multiply_add(kGeluCubic, square, 1.0f);
   const float du2 = kGeluSlope * multiply_add(3.0f * kGeluCubic, square, 1.0f);
   const float e = bounded_exp(-u2);
-  const float s = 1.0f / (1.0f + e);
+  const float s = reciprocal(1.0f + e);
   return s * multiply_add(x * du2, e * s, 1.0f);
 }
 

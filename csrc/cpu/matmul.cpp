@@ -13,8 +13,8 @@
 #include "cpu/cpu_ops.h"
 #include "core/dispatch.h"
 #include "cpu/math.h"
+#include "cpu/panel.h"
 #include "cpu/scratch.h"
-#include "cpu/widen.h"
 
 namespace llmc::cpu::LLMC_ISA {
 namespace {
@@ -35,21 +35,42 @@ struct TileShape {
   float aspect;
 };
 
-// By measurement with MKL on a Xeon with AVX-512 and 2 MiB of L2, at the shapes of GPT-2 124M and of small models. BLAS packs
-// its operands anew for every tile, and packing the transposed one costs most: x·weightᵀ wants high tiles, doutᵀ·x wide ones.
-// x·weightᵀ is 4 to 8 % faster up to 144 columns than beyond; dout·weight is 10 % faster in tiles of 128 rows than in higher
-// ones, but not between rows that lie 12 KiB apart: there it is 15 % slower.
-constexpr TileShape kForward{512, 144, 0.125f};
-constexpr TileShape kBackwardInput{128, 768, 1};
-constexpr TileShape kBackwardWideInput{512, 768, 3};
-constexpr int64_t kWideInput = 2048;  // columns; more are wide
-constexpr TileShape kBackwardWeight{384, 768, 4};
+// How a product is cut, and which operands of its tiles are copied to panels, contiguous fp32 in the thread's scratch. (Those
+// of bf16 always are.)
+struct Cut {
+  TileShape largest;
+  bool left_panel, right_panel;
+};
+
+// By measurement with MKL on a Xeon with AVX-512 and 2 MiB of L2, at the shapes of GPT-2 124M and of small models. BLAS is
+// fastest, at 90 % of the peak, where it packs nothing: with up to 144 columns or 128 rows in a tile, and operands that
+// are not transposed and have rows less than pages apart. So it pays to transpose weights for it, but not small ones.
+constexpr int64_t kLargeProduct = 256 << 20;  // operations
+constexpr int64_t kFarRow = 1024;             // elements
+
+bool is_large(int64_t m, int64_t n, int64_t k) { return 2 * m * n * k > kLargeProduct; }
+
+// x·weightᵀ
+Cut cut_of_forward(int64_t m, int64_t n, int64_t k) {
+  return is_large(m, n, k) ? Cut{{512, 144, 0.25f}, false, true} : Cut{{512, 144, 0.125f}, false, false};
+}
+
+// dout·weight
+Cut cut_of_backward_input(int64_t n) {
+  return {n > 2 * kFarRow ? TileShape{512, 768, 3} : TileShape{128, 768, 1}, false, false};
+}
+
+// doutᵀ·x
+Cut cut_of_backward_weight(int64_t m, int64_t n, int64_t k) {
+  return is_large(m, n, k) && n <= kFarRow ? Cut{{128, 1024, 4}, m > kFarRow, false} : Cut{{384, 768, 4}, false, false};
+}
 
 constexpr int64_t kFewTiles = 8;           // more cost 5 % for repeated packing, fewer leave cores idle
 constexpr int64_t kSmallTile = 8 << 20;    // operations; a tile with less (20 us of a core) is not halved
 constexpr int64_t kLargeTile = 640 << 20;  // operations; a tile with more (3 ms of a core) is halved
 constexpr int64_t kLargeArea = 256 * 256;  // elements; unless it has fewer than that
-constexpr int64_t kBlockK = 512;           // depth of the bf16 panels
+template <typename X>
+constexpr int64_t kDepth = std::is_same_v<X, float> ? 768 : 512;  // of the panels: one in fp32, two in bf16, for the L2
 constexpr int64_t kStrip = 64;             // columns of a work item of the bias gradient
 
 struct Tiles {
@@ -80,33 +101,29 @@ Tiles cut(int64_t m, int64_t n, int64_t k, const TileShape& largest) {
   return {rows, cols, divide_up(m, rows), divide_up(n, cols)};
 }
 
-// c (rows,cols), row stride ldc = or += the tile of the product at (row, col).
-void tile_product(const Product<float>& p, int64_t row, int64_t col, int64_t rows, int64_t cols, bool accumulate,
-                  float* c, int64_t ldc, float* /*panels*/) {
-  const int64_t lda = p.transpose_a ? p.m : p.k, ldb = p.transpose_b ? p.k : p.n;
-  blas::gemm(p.transpose_a, p.transpose_b, rows, cols, p.k, 1.0f, p.a + (p.transpose_a ? row : row * lda), lda,
-             p.b + (p.transpose_b ? col * ldb : col), ldb, accumulate ? 1.0f : 0.0f, c, ldc);
-}
+// Where an fp32 tensor can be used in place; bf16 goes through scratch.
+float* fp32_or_null(float* x) { return x; }
+float* fp32_or_null(bf16*) { return nullptr; }
+const float* fp32_or_null(const float* x) { return x; }
+const float* fp32_or_null(const bf16*) { return nullptr; }
 
-void tile_product(const Product<bf16>& p, int64_t row, int64_t col, int64_t rows, int64_t cols, bool accumulate,
-                  float* c, int64_t ldc, float* panels) {
-  const int64_t lda = p.transpose_a ? p.m : p.k, ldb = p.transpose_b ? p.k : p.n;
-  float* a = panels;
-  float* b = panels + rows * kBlockK;
-  for (int64_t k = 0; k < p.k; k += kBlockK) {
-    const int64_t depth = min(kBlockK, p.k - k);
-    if (p.transpose_a) {
-      widen(a, p.a + k * lda + row, lda, depth, rows);
-    } else {
-      widen(a, p.a + row * lda + k, lda, rows, depth);
-    }
-    if (p.transpose_b) {
-      widen(b, p.b + col * ldb + k, ldb, cols, depth);
-    } else {
-      widen(b, p.b + k * ldb + col, ldb, depth, cols);
-    }
-    blas::gemm(p.transpose_a, p.transpose_b, rows, cols, depth, 1.0f, a, p.transpose_a ? rows : depth, b,
-               p.transpose_b ? depth : cols, accumulate || k > 0 ? 1.0f : 0.0f, c, ldc);
+// c (rows,cols), row stride ldc = or += the tile of the product at (row, col). The panels lie in `scratch`.
+template <typename X>
+void tile_product(const Product<X>& p, bool left_panel, bool right_panel, int64_t row, int64_t col, int64_t rows,
+                  int64_t cols, bool accumulate, float* c, int64_t ldc, float* scratch) {
+  const int64_t block = left_panel || right_panel ? min(kDepth<X>, p.k) : p.k;
+  float* const a_panel = scratch;
+  float* const b_panel = scratch + (left_panel ? rows * block : 0);
+  for (int64_t k = 0; k < p.k; k += block) {
+    const int64_t depth = min(block, p.k - k), lda = p.transpose_a ? p.m : p.k, ldb = p.transpose_b ? p.k : p.n;
+    const X* a = p.a + (p.transpose_a ? k * lda + row : row * lda + k);
+    const X* b = p.b + (p.transpose_b ? col * ldb + k : k * ldb + col);
+    if (left_panel) copy_panel(a_panel, a, lda, p.transpose_a ? depth : rows, p.transpose_a ? rows : depth);
+    if (right_panel && p.transpose_b) copy_transposed(b_panel, b, ldb, cols, depth);
+    if (right_panel && !p.transpose_b) copy_panel(b_panel, b, ldb, depth, cols);
+    blas::gemm(p.transpose_a, p.transpose_b && !right_panel, rows, cols, depth, left_panel ? a_panel : fp32_or_null(a),
+               left_panel ? (p.transpose_a ? rows : depth) : lda, right_panel ? b_panel : fp32_or_null(b),
+               right_panel ? cols : ldb, accumulate || k > 0, c, ldc);
   }
 }
 
@@ -114,26 +131,24 @@ void tile_product(const Product<bf16>& p, int64_t row, int64_t col, int64_t rows
 // number of elements, their fp32 values). With `direct`, an fp32 tensor of the result's shape, the values are there
 // (accumulate: added to what was there), and finish may overwrite them; otherwise they are in scratch.
 template <typename X, typename Finish>
-void multiply(const Product<X>& p, const TileShape& largest, float* direct, bool accumulate, Finish&& finish) {
-  const Tiles tiles = cut(p.m, p.n, p.k, largest);
+void multiply(const Product<X>& p, const Cut& how, float* direct, bool accumulate, Finish&& finish) {
+  constexpr bool kWiden = !std::is_same_v<X, float>;
+  const bool left_panel = kWiden || how.left_panel, right_panel = kWiden || how.right_panel;
+  const Tiles tiles = cut(p.m, p.n, p.k, how.largest);
   const int64_t count = tiles.down * tiles.across;
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)
   for (int64_t tile = 0; tile < count; ++tile) {
     const int64_t row = tile % tiles.down * tiles.rows, col = tile / tiles.down * tiles.cols;
     const int64_t rows = min(tiles.rows, p.m - row), cols = min(tiles.cols, p.n - col);
-    constexpr bool kPanels = !std::is_same_v<X, float>;
-    const int64_t own = direct ? 0 : rows * cols, panels = kPanels ? (rows + cols) * kBlockK : 0;
+    const int64_t own = direct ? 0 : rows * cols;
+    const int64_t panels = ((left_panel ? rows : 0) + (right_panel ? cols : 0)) * min(kDepth<X>, p.k);
     float* scratch = own + panels > 0 ? thread_scratch(own + panels) : nullptr;
     float* c = direct ? direct + row * p.n + col : scratch;
     const int64_t ldc = direct ? p.n : cols;
-    tile_product(p, row, col, rows, cols, accumulate, c, ldc, scratch + own);
+    tile_product(p, left_panel, right_panel, row, col, rows, cols, accumulate, c, ldc, scratch + own);
     for (int64_t r = 0; r < rows; ++r) finish((row + r) * p.n + col, col, cols, c + r * ldc);
   }
 }
-
-// Where an fp32 result can be computed in place; bf16 results go through scratch.
-float* fp32_or_null(float* x) { return x; }
-float* fp32_or_null(bf16*) { return nullptr; }
 
 // Rounds to the storage type X, in fp32.
 template <typename X>
@@ -159,7 +174,7 @@ template <typename X>
 void forward(X* out, X* pre, const X* x, const X* weight, const X* bias, int64_t m, int64_t n, int64_t k) {
   X* linear = pre ? pre : out;
   const Product<X> product{m, n, k, x, false, weight, true};
-  multiply(product, kForward, fp32_or_null(linear), false, [&](int64_t at, int64_t col, int64_t count, const float* c) {
+  multiply(product, cut_of_forward(m, n, k), fp32_or_null(linear), false, [&](int64_t at, int64_t col, int64_t count, const float* c) {
     add_bias(linear + at, c, bias ? bias + col : nullptr, count);
     if (pre) {
 #pragma omp simd
@@ -171,7 +186,7 @@ void forward(X* out, X* pre, const X* x, const X* weight, const X* bias, int64_t
 template <typename X>
 void backward_input(X* dx, const X* dout, const X* weight, const X* pre, int64_t m, int64_t n, int64_t k) {
   const Product<X> product{m, n, k, dout, false, weight, false};
-  multiply(product, n > kWideInput ? kBackwardWideInput : kBackwardInput, fp32_or_null(dx), false,
+  multiply(product, cut_of_backward_input(n), fp32_or_null(dx), false,
            [&](int64_t at, int64_t, int64_t count, const float* c) {
              if (pre) {
 #pragma omp simd
@@ -192,7 +207,7 @@ void backward_weight(G* dweight, const X* dout, const X* x, int64_t m, int64_t n
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) add_to(dweight + at + i, c[i], accumulate);
   };
-  multiply(product, kBackwardWeight, direct, direct != nullptr && accumulate, add);
+  multiply(product, cut_of_backward_weight(m, n, k), direct, direct != nullptr && accumulate, add);
 }
 
 // One strip of columns, summed over the rows from top to bottom.

@@ -31,8 +31,4 @@ struct SmallProduct {
 void multiply(const SmallProduct& p);             // a·b, with a (m,k)
 void multiply_transposed(const SmallProduct& p);  // aᵀ·b, with a (k,m)
 
-// to (columns,rows) = scale · fromᵀ, with from (rows,columns); both numbers are multiples of 8.
-void transpose(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t rows, int64_t columns,
-               float scale);
-
 }  // namespace llmc::cpu::LLMC_ISA
