@@ -60,7 +60,7 @@ LLMC_INLINE float gelu_bounded(float x) {
   return x < -9.9f ? -9.9f : x;
 }
 
-// GELU in the tanh form, to 1.3e-7·max(1, |x|); relative to the value 3 ulp for x > -1, 14 ulp for x > -3.
+// GELU in the tanh form, to 1.5e-7·max(1, |x|); relative to the value 3 ulp for x > -1, 14 ulp for x > -3.
 // With u the argument of tanh, 0.5·(1 + tanh u) = 1/(1 + e^(-2u)), which does not cancel for negative u.
 LLMC_INLINE float gelu(float x) {
   const float bounded = gelu_bounded(x);

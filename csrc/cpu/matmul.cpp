@@ -71,7 +71,7 @@ constexpr int64_t kLargeTile = 640 << 20;  // operations; a tile with more (3 ms
 constexpr int64_t kLargeArea = 256 * 256;  // elements; unless it has fewer than that
 template <typename X>
 constexpr int64_t kDepth = std::is_same_v<X, float> ? 768 : 512;  // of the panels: one in fp32, two in bf16, for the L2
-constexpr int64_t kStrip = 64;             // columns of a work item of the bias gradient
+constexpr int64_t kStrip = 64;                                    // columns of a work item of the bias gradient
 
 struct Tiles {
   int64_t rows, cols;    // of one tile; those at the edges may be smaller
@@ -174,13 +174,14 @@ template <typename X>
 void forward(X* out, X* pre, const X* x, const X* weight, const X* bias, int64_t m, int64_t n, int64_t k) {
   X* linear = pre ? pre : out;
   const Product<X> product{m, n, k, x, false, weight, true};
-  multiply(product, cut_of_forward(m, n, k), fp32_or_null(linear), false, [&](int64_t at, int64_t col, int64_t count, const float* c) {
-    add_bias(linear + at, c, bias ? bias + col : nullptr, count);
-    if (pre) {
+  multiply(product, cut_of_forward(m, n, k), fp32_or_null(linear), false,
+           [&](int64_t at, int64_t col, int64_t count, const float* c) {
+             add_bias(linear + at, c, bias ? bias + col : nullptr, count);
+             if (pre) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) store(out + at + i, gelu(to_float(pre[at + i])));
-    }
-  });
+               for (int64_t i = 0; i < count; ++i) store(out + at + i, gelu(to_float(pre[at + i])));
+             }
+           });
 }
 
 template <typename X>
