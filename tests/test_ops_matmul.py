@@ -20,7 +20,8 @@ from ops_testing import (
 
 pytestmark = pytest.mark.usefixtures("device")
 
-# (N, IC, OC): a single row, single elements, primes, several tiles in both directions, several bf16 panels (512) deep.
+# (N, IC, OC): a single row, single elements, primes, several tiles in both directions, several bf16 panels
+# (512) deep; a large one, whose transposed operands are copied to panels in fp32 too, two of them deep.
 SHAPES = [
     (1, 8, 8),
     (1, 1, 1),
@@ -30,6 +31,7 @@ SHAPES = [
     (768, 128, 384),
     (1031, 131, 517),
     (130, 1100, 900),
+    (781, 901, 1091),
 ]
 
 
@@ -141,7 +143,7 @@ def test_fused_gelu_equals_the_separate_operations(
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES_X_G)
-@pytest.mark.parametrize("shape", [(768, 128, 384), (259, 768, 770)])
+@pytest.mark.parametrize("shape", [(768, 128, 384), (259, 768, 770), (781, 901, 1091)])
 def test_results_do_not_depend_on_the_number_of_threads(
     shape: tuple[int, int, int], dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
