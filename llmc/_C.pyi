@@ -1,11 +1,12 @@
 """Types of the compiled core, for editors and type checkers; its source is csrc/bindings.
 
-`ops` and `random` are modules; a single stub can only show them as classes of static functions.
+`ops`, `random` and `chess` are modules; a single stub can only show them as classes of static functions.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 class Error(RuntimeError):
@@ -395,3 +396,45 @@ class random:
     @staticmethod
     def xorshift64(state: int) -> tuple[int, int]:
         """(32 random bits, new state) of xorshift64*."""
+
+class chess:
+    """Games of chess to tokens and back. Positions are FEN, moves UCI."""
+
+    @staticmethod
+    def encode_pgn(
+        text: bytes,
+        *,
+        rated: bool = False,
+        min_elo: int = 0,
+        max_elo: int = 0,
+        time_control: str = "",
+        min_plies: int = 1,
+        promotions: bool = False,
+    ) -> tuple[np.ndarray, dict[str, int]]:
+        """(uint16 tokens, number of games by fate) of PGN text; csrc/chess/games.h explains the filter."""
+
+    @staticmethod
+    def encode_uci(text: bytes, *, min_plies: int = 1, promotions: bool = False) -> tuple[np.ndarray, dict[str, int]]:
+        """The same of lines of UCI moves, a game each."""
+
+    @staticmethod
+    def replay(tokens: Sequence[int]) -> tuple[list[str], int, str]:
+        """(legal moves, tokens they took, position after them) of a game up to what is no legal move."""
+
+    @staticmethod
+    def legal_moves(fen: str) -> list[str]: ...
+    @staticmethod
+    def make_move(fen: str, move: str) -> str:
+        """The position after a move."""
+
+    @staticmethod
+    def read_san(fen: str, san: str) -> str:
+        """The move that short algebraic notation means."""
+
+    @staticmethod
+    def state(fen: str) -> Literal["checkmate", "stalemate", "insufficient material", "ongoing"]:
+        """ "checkmate" or "stalemate" of the side to move, "insufficient material", or "ongoing"."""
+
+    @staticmethod
+    def perft(fen: str, depth: int) -> int:
+        """Number of sequences of `depth` legal moves."""

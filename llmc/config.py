@@ -42,6 +42,7 @@ def one_of(*choices: Any) -> Rule:
 ANY = Rule("", lambda value: True)
 NOT_EMPTY = Rule("a name or pattern", lambda value: value != "")
 FRACTION = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+JSON_LOG = Rule("a file name, 1 for main.jsonl in -o, or '' for none", lambda value: value != "0")
 # The newest of n values has a z-score of the root of n - 1 at most, so a higher threshold would never act.
 Z_SCORE = Rule(f"between 0 and {MAX_Z:.2f}, the largest possible z-score", lambda value: 0 <= value <= MAX_Z)
 
@@ -127,6 +128,11 @@ class TrainConfig:
         "-a", False, "debugging", ANY, "1: every step sees the same first batch, taken from the validation data"
     )
     log_gpu_every: int = flag("-lg", -1, "debugging", ANY, "log the GPU's state every so many steps; below 1: never")
+    json_log: str = flag(
+        "", "", "logging", JSON_LOG, "file for a JSON object per step and evaluation; 1: main.jsonl in -o, '': none"
+    )
+    tensorboard: str = flag("", "", "logging", ANY, "directory for TensorBoard, '' for none")
+    wandb: str = flag("", "", "logging", ANY, "project of Weights & Biases, '' for none")
     device: str = flag("", "auto", "numerics", one_of("auto", "cpu", "cuda"), "where to run")
     precision: str = flag(
         "", "auto", "numerics", one_of("auto", "fp32", "bf16"), "of parameters and activations; auto: fp32 on a CPU"
@@ -182,6 +188,7 @@ class TrainConfig:
             ("-q", self.final_lr_fraction != 1, not constant, "with another scheduler than -k constant"),
             ("-n", checkpoints, self.output_dir != "", "with an output directory -o"),
             ("-y", self.resume, self.output_dir != "", "with an output directory -o"),
+            ("--json-log", self.json_log == "1", self.output_dir != "", "with an output directory -o"),
             ("-nk", self.keep_checkpoints > 0, checkpoints, "with checkpoints: add -n"),
             ("-nm", self.major_every > 0, self.keep_checkpoints > 0, "where checkpoints are deleted: add -nk"),
             ("--hellaswag-data", self.hellaswag_data != HELLASWAG_DATA, self.hellaswag, "with -h 1"),

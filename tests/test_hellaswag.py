@@ -309,7 +309,7 @@ def test_progress_on_a_terminal_only(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 
-MAKES = "llm.c's dev/data/hellaswag.py makes it: name it with --hellaswag-data, or use -h 0"
+MAKES = "llmc-data hellaswag makes it: name it with --hellaswag-data, or use -h 0"
 REFUSED = [  # flags, exit status, what the message must contain
     ("-b 3", 2, "-b 3 is too small for -h 1, where an example takes 4 rows: use -b 4 or more, or -h 0"),
     ("--hellaswag-data no.bin", 1, f"multiple-choice evaluation file no.bin: No such file or directory; {MAKES}"),
@@ -327,7 +327,7 @@ REFUSED = [  # flags, exit status, what the message must contain
     (
         "-t 23",
         2,
-        "-t 23 is too short for -h 1: example 22 of eval.bin has a row of 24 tokens: use -t 24 or more, or -h 0",
+        "-t 23 is too short for -h 1: example 22 of eval.bin has a row of 24 tokens: use -t 24 or more, or use -h 0",
     ),
 ]
 

@@ -299,3 +299,20 @@ def test_positions_of_other_data_or_batches(tmp_path: Path) -> None:
     (tmp_path / "s_001.bin").unlink()
     with pytest.raises(RunError, match=r"^state\.bin is of a run over 3 shards, now there are 2: .* -i$"):
         DataLoader(f"{tmp_path}/s_*.bin", 2, 4, shuffle=True).load_state(state, "state.bin")
+
+
+def test_uint32_shards(tmp_path: Path) -> None:
+    """A large vocabulary; a token too large for int32 is no token of any."""
+    tokens = np.arange(100_000, 100_020, dtype=np.uint32)
+    write_shard(tmp_path / "s.bin", tokens)
+    loader = DataLoader(f"{tmp_path}/s.bin", B=2, T=4, vocab_size=128_256)
+    for start in (0, 8, 0):
+        inputs, targets = loader.next_batch()
+        assert inputs.dtype == targets.dtype == torch.int32
+        assert inputs.flatten().tolist() == list(range(100_000 + start, 100_008 + start))
+        assert targets.flatten().tolist() == list(range(100_001 + start, 100_009 + start))
+    tokens[3] = 2**32 - 1
+    write_shard(tmp_path / "s.bin", tokens)
+    loader = DataLoader(f"{tmp_path}/s.bin", B=2, T=4, vocab_size=128_256)
+    with pytest.raises(RunError, match="token 4294967295 at offset 3 is outside the model's vocabulary of 128256"):
+        loader.next_batch()

@@ -1,12 +1,13 @@
 """What is printed and what main.log holds, byte by byte."""
 
+import io
 import math
 import os
 
 import pytest
 
 from llmc.errors import RunError
-from llmc.logger import Logger, StepReport, Throughput, clock, step_line, table
+from llmc.logger import Logger, Progress, StepReport, Throughput, clock, step_line, table
 
 
 def report(**changes):
@@ -117,6 +118,14 @@ def test_a_resumed_run_appends(tmp_path):
     assert (tmp_path / "main.log").read_bytes() == b"s:3 tel:1.0000\ns:3 tel:1.0000\n"
 
 
+def test_a_resumed_run_takes_half_a_line_off(tmp_path):
+    """Nothing could be appended to it."""
+    for left, kept in [("s:0 tel:1.0000\ns:1 tr", "s:0 tel:1.0000\n"), ("s:0 t", ""), ("", "")]:
+        (tmp_path / "main.log").write_text(left)
+        Logger(tmp_path, append=True).validation(3, 1.0)
+        assert (tmp_path / "main.log").read_text() == kept + "s:3 tel:1.0000\n"
+
+
 def test_without_a_directory_it_only_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logger = Logger(None)
@@ -165,3 +174,68 @@ def test_seconds_left(monkeypatch):
     throughput.update(1.0)
     now[0] = 106.0  # two steps and a validation took 6 s
     assert throughput.seconds_left(10) == 30
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """What the clock says, in seconds."""
+    now = [100.0]
+    monkeypatch.setattr("llmc.logger.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_progress(now, monkeypatch):
+    """Seen after a second, and at once where the activity has taken one before."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    progress = Progress()
+    with progress.during("step") as show:
+        for part in (1, 2, 3):
+            show(f"part {part}/3")
+            now[0] += 0.5
+    assert terminal.getvalue() == "\r\x1b[Kpart 3/3\r\x1b[K"
+    for activity, first in (("validation", ""), ("step", "\r\x1b[Kat once\r\x1b[K"), ("step", "")):
+        terminal.truncate(0), terminal.seek(0)
+        with progress.during(activity) as show:
+            show("at once")
+            now[0] += 0.999
+        assert terminal.getvalue() == first
+
+
+def test_progress_ends_with_a_failure_and_before_other_lines(now, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    progress = Progress()
+    progress.erase()
+    assert terminal.getvalue() == ""
+    with pytest.raises(RunError), progress.during("step") as show:
+        now[0] += 1
+        show("a")
+        progress.erase()
+        print("line")
+        show("b")
+        raise RunError
+    assert terminal.getvalue() == "\r\x1b[Ka\r\x1b[Kline\n\r\x1b[Kb\r\x1b[K"
+
+
+def test_progress_fits_into_one_line(now, monkeypatch):
+    """A longer one would not be erased."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    with Progress().during("step") as show:
+        now[0] += 1
+        show("x" * 30)
+    assert terminal.getvalue() == "\r\x1b[K" + 19 * "x" + "\r\x1b[K"
+
+
+def test_no_progress_in_pipes_and_files(now, capsys):
+    with Progress().during("step") as show:
+        now[0] += 10
+        show("a")
+    assert capsys.readouterr().out == ""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmc.binfile import atomic_write
-from llmc.data.shards import find_shards, read_shard, write_shard
+from llmc.data.shards import find_shards, read_shard, token_dtype, write_shard
 from llmc.errors import RunError
 
 
@@ -24,6 +24,19 @@ def test_written_bytes(tmp_path: Path) -> None:
     write_shard(path, np.array([0, 1, 258, 65535]))
     assert path.read_bytes() == shard_bytes([0, 1, 258, 65535])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_bytes_of_uint32(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_shard(path, np.array([0, 1, 2**32 - 1], np.uint32))
+    assert path.read_bytes() == struct.pack("<3i", 20240801, 7, 3) + bytes(1012) + struct.pack("<3I", 0, 1, 2**32 - 1)
+    tokens = read_shard(path)
+    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint32 and tokens.tolist() == [0, 1, 2**32 - 1]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (65536, np.uint16), (65537, np.uint32)])
+def test_type_of_a_vocabulary(vocab_size: int, dtype: type) -> None:
+    assert token_dtype(vocab_size) == dtype
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, ">u2"])
@@ -45,7 +58,8 @@ def test_reader_maps_memory(tmp_path: Path) -> None:
         (b"", "it has 0 bytes"),
         (shard_bytes([1])[:1023], "it has 1023 bytes"),
         (shard_bytes([1], magic=20240326), "it is a model checkpoint"),
-        (shard_bytes([1], magic=20240801, version=7), r"it is a token shard \(uint32\)"),
+        (shard_bytes([1], magic=20240801, version=7), "is truncated: it has 1026 bytes, its header promises 1028"),
+        (shard_bytes([1], magic=20240801, version=1), "version 1, this program reads version 7"),
         (shard_bytes([1], magic=7), "its magic number is 7, expected 20240520"),
         (shard_bytes([1], version=2), "version 2, this program reads version 1"),
         (shard_bytes([], n=0), "gives 0 tokens, expected at least 1"),

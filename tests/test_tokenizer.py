@@ -3,19 +3,23 @@
 import hashlib
 import importlib.metadata
 import json
+import random
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from llmc.errors import RunError
 from llmc.tokenizer import (
+    ByteTokenizer,
     CharTokenizer,
     Tokenizer,
     chess_token_bytes,
     dataset_tokenizer,
     gpt2,
+    make_encoder,
     working_directory_tokenizer,
     write_tokenizer,
 )
@@ -146,6 +150,71 @@ def test_gpt2_round_trip_through_its_file(tmp_path: Path) -> None:
     vocabulary = json.loads(gpt2_file("encoder.json").read_text(encoding="utf-8"))
     assert (tmp_path / "t.bin").stat().st_size == 1024 + sum(1 + len(token) for token in vocabulary)
     assert [tokenizer.decode([id]) for id in (0, 198, 220, 262, 50255)] == [b"!", b"\n", b" ", b" the", b" gazed"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gpt2_splits_words_as_published(seed: int) -> None:
+    """Our pattern is a faster form of this one."""
+    published = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    ours = gpt2()._encoding
+    theirs = tiktoken.Encoding("x", pat_str=published, mergeable_ranks=ours._mergeable_ranks, special_tokens={})
+    pieces = [
+        "\n",
+        " ",
+        "\t",
+        "\u00a0",
+        "a",
+        "It's",
+        "'ll",
+        "'",
+        "42",
+        "²",
+        "é",
+        "e\u0301",
+        "東京",
+        "😀",
+        "...",
+        "$",
+        "ſ",
+    ]
+    text = "".join(random.Random(seed).choices(pieces, k=5000))
+    assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
+
+
+def test_bytes(tmp_path: Path) -> None:
+    encoder = ByteTokenizer()
+    assert encoder.encode("aé\n").tolist() == [97, 0xC3, 0xA9, 10] and encoder.encode("a").dtype == np.uint16
+    write_tokenizer(tmp_path / "t.bin", encoder.token_bytes(), encoder.end_of_text)
+    tokenizer = Tokenizer(tmp_path / "t.bin")
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
+    assert tokenizer.decode(range(257)) == bytes(range(256)) + b"<|endoftext|>"
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_tiktokens_own_encodings(monkeypatch: pytest.MonkeyPatch, separate: bool) -> None:
+    """A vocabulary with ids of no token, as cl100k_base is, and one that is larger than uint16."""
+    encoding = tiktoken.Encoding(
+        "p50k_base",
+        pat_str=r"\w|\W",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={"<|endoftext|>": 70_000 if separate else 300},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"p50k_base": encoding}.__getitem__)
+    encoder = make_encoder("tiktoken:p50k_base", list)
+    assert encoder.encode("ab<|endoftext|>").tolist() == [97, 98, *b"<|endoftext|>"]
+    assert encoder.encode("").dtype == (np.uint32 if separate else np.uint16)
+    assert encoder.vocab_size == encoder.end_of_text + 1 == len(encoder.token_bytes())
+    tokens = encoder.token_bytes()
+    assert (tokens[97], tokens[256], tokens[-1]) == (b"a", b"<|unused 256|>", b"<|endoftext|>")
+
+
+def test_tiktoken_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise ConnectionError("no route\nto host")  # an OSError, as those of requests
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.raises(RunError, match=r"^cannot fetch tiktoken's p50k_base: no route to host$"):
+        make_encoder("tiktoken:p50k_base", list)
 
 
 def test_chess() -> None:

@@ -1,7 +1,11 @@
 """llmc-train from end to end on a tiny model and data written by hand: what each flag changes, and what is refused."""
 
+import contextlib
 import functools
+import os
 import re
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from llmc import cli
 from llmc.cli.train import _main as command
 from llmc.data.loader import DataLoader
 from llmc.errors import UsageError
+from llmc.logger import Progress
 from llmc.model_file import ModelShape, save_model
 
 BASE = (
@@ -117,6 +122,75 @@ def test_console_and_log(train, directory):
         result.log,
     )
     assert list(result.logged("trl").values()) == pytest.approx(result.column("loss"), abs=5.1e-5)  # four digits
+
+
+def screen(raw):
+    """The lines that a terminal shows of these bytes; only what the trainer uses, another escape sequence fails."""
+    lines, column = [""], 0
+    for part in re.findall(r"\r|\n|\x1b\[K|[^\r\n\x1b]+", raw.decode()):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            lines.append("")
+            column = 0
+        elif part == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        else:
+            lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part) :]
+            column += len(part)
+    assert "\x1b" not in "".join(lines)
+    return lines
+
+
+def on_terminal(arguments, monkeypatch):
+    """What llmc-train writes to a pseudo-terminal."""
+    ours, theirs = os.openpty()
+    received = []
+
+    def receive():
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(ours, 4096):
+                received.append(data)
+
+    reader = threading.Thread(target=receive)
+    reader.start()
+    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", terminal)
+        command(arguments)
+    reader.join()
+    os.close(ours)
+    return b"".join(received)
+
+
+def without_times(lines):
+    """Without the numbers that a clock has made: of the measured peak, in the step lines and at the end."""
+    return [re.sub(r"peak TFlops .*|\| [0-9.]+ ms .*? tok/s|\S+ left|time: \S+", "", line) for line in lines]
+
+
+def test_progress_on_a_terminal(train, monkeypatch):
+    """Progress comes and goes; what stays is what a pipe gets."""
+    flags = "-x 140 -v 70 -s 60 -d 64 -sg 0.01 -n 100"
+    piped = without_times(train(flags).out.split("\n"))
+    assert any(line.startswith("skipping update") for line in piped)
+    shutil.rmtree("out")
+    monkeypatch.setattr(Progress, "SLOW", 0.0)
+    raw = on_terminal([*BASE.split(), *flags.split()], monkeypatch)
+    assert without_times(screen(raw)) == piped
+    for step in range(1, 141):
+        assert raw.count(b"\x1b[Kstep %d/140: micro-batch " % step) == 2
+    assert b"\x1b[Kstep 1/140: micro-batch 2/2\r\x1b[Kstep    1/140 | loss" in raw
+    skipped = rb"micro-batch 2/2\r\x1b\[Kskipping update due to grad z-score of \S+\r\nstep +1\d+/140 \| loss"
+    assert re.search(skipped, raw)
+    for step in (0, 70, 140):
+        assert b"\r\x1b[Kstep %d/140: validation batch 2/2\r\x1b[Kval loss " % step in raw
+    # Fast steps need none, and no pipe ever gets it.
+    shutil.rmtree("out")
+    monkeypatch.setattr(Progress, "SLOW", 60.0)
+    raw = on_terminal([*BASE.split(), *flags.split()], monkeypatch)
+    assert without_times(raw.decode().replace("\r\n", "\n").split("\n")) == piped
+    shutil.rmtree("out")
+    monkeypatch.setattr(Progress, "SLOW", 0.0)
+    assert without_times(train(flags).out.split("\n")) == piped
 
 
 def test_a_second_run_starts_a_new_log(train):

@@ -21,6 +21,7 @@ void register_ops(py::module_& module);
 void register_communicators(py::module_& module);
 void register_model(py::module_& module);
 void register_random(py::module_& module);
+void register_chess(py::module_& module);
 void register_build_info(py::module_& module);
 
 DType parse_dtype(const std::string& name);  // "fp32" or "bf16"

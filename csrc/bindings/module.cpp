@@ -61,5 +61,6 @@ PYBIND11_MODULE(_C, module) {
   llmc::bindings::register_communicators(module);
   llmc::bindings::register_model(module);
   llmc::bindings::register_random(module);
+  llmc::bindings::register_chess(module);
   llmc::bindings::register_build_info(module);
 }

@@ -195,9 +195,8 @@ std::string Board::fen() const {
   bool can_capture = false;
   if (en_passant_) {
     const Square to = lowest(en_passant_);
-    for_each(LEAPS.pawn[opponent()][to] & pieces(turn_, Pawn), [&](Square from) {
-      can_capture = can_capture || is_legal({from, to});
-    });
+    for_each(LEAPS.pawn[opponent()][to] & pieces(turn_, Pawn),
+             [&](Square from) { can_capture = can_capture || is_legal({from, to}); });
   }
   text += " " + (can_capture ? square_name(lowest(en_passant_)) : "-");
   return text + " " + std::to_string(halfmove_clock_) + " " + std::to_string(move_number_);

@@ -100,8 +100,9 @@ struct Tags {
 
   std::string_view* find(std::string_view name) {
     const std::pair<std::string_view, std::string_view*> known[] = {
-        {"Event", &event},        {"WhiteElo", &white_elo}, {"BlackElo", &black_elo}, {"TimeControl", &time_control},
-        {"Variant", &variant}, {"FEN", &fen},
+        {"Event", &event},        {"WhiteElo", &white_elo},
+        {"BlackElo", &black_elo}, {"TimeControl", &time_control},
+        {"Variant", &variant},    {"FEN", &fen},
     };
     for (const auto& [key, value] : known) {
       if (key == name) return value;
@@ -171,8 +172,8 @@ class PgnReader {
       } else if (std::string_view* value = tags.find(text_.substr(at_ + 1, name_end - at_ - 1))) {
         *value = text_.substr(begin, end - begin);
       }
-      at_ = std::max(end >= line ? line : text_.find(']', end), at_ + 1);
-      if (!at_end() && text_[at_] == ']') at_++;
+      at_ = end >= line ? line : std::min(text_.find(']', end), line);
+      if (at_ < line) at_++;
     }
     if (const std::optional<Fate> fate = tags.reason_to_drop(filter_)) game.drop(*fate);
   }
@@ -193,17 +194,22 @@ class PgnReader {
           if (--variations < 0) game.drop(Fate::Unreadable);
           at_++;
           continue;
+        case '*':
+          at_++;
+          if (variations <= 0) return;
+          continue;
         case '[':
           if (!at_line_start()) break;
           game.drop(variations > 0 ? Fate::Unreadable : Fate::NoResult);
           return;
       }
       const size_t begin = at_++;
-      while (!at_end() && !is_blank(text_[at_]) && std::string_view("{}();").find(text_[at_]) == std::string_view::npos) {
+      while (!at_end() && !is_blank(text_[at_]) &&
+             std::string_view("{}();$*").find(text_[at_]) == std::string_view::npos) {
         at_++;
       }
       const std::string_view word = text_.substr(begin, at_ - begin);
-      if (variations <= 0 && (word == "1-0" || word == "0-1" || word == "1/2-1/2" || word == "*")) return;
+      if (variations <= 0 && (word == "1-0" || word == "0-1" || word == "1/2-1/2")) return;
       if (variations <= 0) read_word(word, game);
     }
     game.drop(variations > 0 ? Fate::Unreadable : Fate::NoResult);
@@ -218,7 +224,8 @@ class PgnReader {
       word.remove_prefix(dot);
     }
     word.remove_prefix(std::min(word.find_first_not_of('.'), word.size()));
-    const bool is_annotation = word.find_first_not_of("!?") == std::string_view::npos || word[0] == '$' || word == "e.p.";
+    const bool is_annotation =
+        word.find_first_not_of("!?") == std::string_view::npos || word[0] == '$' || word == "e.p.";
     if (!is_annotation) game.play(read_san, word);
   }
 
@@ -251,7 +258,8 @@ Games encode_uci(std::string_view text, const Filter& filter) {
     while (true) {
       line.remove_prefix(size_t(std::find_if_not(line.begin(), line.end(), is_blank) - line.begin()));
       if (line.empty()) break;
-      const std::string_view word = line.substr(0, size_t(std::find_if(line.begin(), line.end(), is_blank) - line.begin()));
+      const std::string_view word =
+          line.substr(0, size_t(std::find_if(line.begin(), line.end(), is_blank) - line.begin()));
       line.remove_prefix(word.size());
       if (!game) game.emplace(filter);
       game->play(read_uci, word);

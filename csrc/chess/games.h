@@ -10,19 +10,30 @@
 namespace llmc::chess {
 
 // What became of a game: kept, or the first reason to drop it in this order.
-enum class Fate { Kept, NotStandard, NotRated, Elo, TimeControl, Unreadable, Illegal, Ambiguous, NoResult, TooShort,
-                  NoPromotion };
-constexpr std::array FATES = {"kept",       "not standard chess", "not rated",      "Elo", "time control",
-                              "unreadable", "illegal move",       "ambiguous move", "no result",
-                              "too short",  "no promotion"};
+enum class Fate {
+  Kept,
+  NotStandard,
+  NotRated,
+  Elo,
+  TimeControl,
+  Unreadable,
+  Illegal,
+  Ambiguous,
+  NoResult,
+  TooShort,
+  NoPromotion
+};
+constexpr std::array FATES = {"kept",         "not standard chess", "not rated",    "Elo rating",
+                              "time control", "unreadable",         "illegal move", "ambiguous move",
+                              "no result",    "too short",          "no promotion"};
 
 struct Filter {
-  bool rated = false;         // the tag Event begins with "Rated", as Lichess writes it
-  int min_elo = 0;            // of both players; 0: any, also unknown
-  int max_elo = 0;            // of both players; 0: any, also unknown
-  std::string time_control;   // the tag's text, such as "600+0", or one of TIME_CLASSES; empty: any
-  int min_plies = 1;          // moves of both together
-  bool promotions = false;    // only games in which a pawn promotes
+  bool rated = false;        // the tag Event begins with "Rated", as Lichess writes it
+  int min_elo = 0;           // of both players; 0: any, also unknown
+  int max_elo = 0;           // of both players; 0: any, also unknown
+  std::string time_control;  // the tag's text, such as "600+0", or one of TIME_CLASSES; empty: any
+  int min_plies = 1;         // moves of both together
+  bool promotions = false;   // only games in which a pawn promotes
 };
 
 // Lichess's names for the time that a game may take, and the seconds below which a game is of that class: those at the

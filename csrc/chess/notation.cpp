@@ -17,7 +17,7 @@ Reading accept_if_legal(Move candidate, const Board& board, Move* move) {
 Reading castle(int files, const Board& board, Move* move) {
   const Square king = __builtin_ctzll(board.pieces(board.turn(), King));
   const Square to = king + files;
-  // A king that is not on its first square cannot castle, but could perhaps step to where the sum leads.
+  // From elsewhere the sum could leave the board.
   const bool at_home = king == (board.turn() == White ? 4 : 60);
   return at_home ? accept_if_legal({king, to}, board, move) : Reading::Illegal;
 }

@@ -5,6 +5,7 @@ After the header (magic 20240522, version 1, number of examples, bytes of the lo
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +19,7 @@ VERSION = 1
 START_OF_EXAMPLE = 65535  # so no token
 START_WORDS = 3
 NUM_COMPLETIONS = 4
+LIMIT = 2**16  # of examples, and of the bytes of one: both are counted in a uint16
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,34 @@ def read_eval(path: str | os.PathLike[str]) -> list[Example]:
             f"it is example {sizes.index(max(sizes))} with {max(sizes)}"
         )
     return examples
+
+
+def write_eval(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
+    """Write an evaluation file, atomically. Examples count from 0. RunError for what the format cannot hold."""
+    if not 0 < len(examples) < LIMIT:
+        raise RunError(f"cannot write {path}: {len(examples)} examples, the format takes 1 to {LIMIT - 1}")
+    records = [_record(path, example) for example in examples]
+    longest = max(record.nbytes for record in records)
+    with binfile.atomic_write(path) as file:
+        binfile.write_header(file, {0: binfile.MAGIC_EVAL, 1: VERSION, 2: len(examples), 3: longest})
+        for record in records:
+            file.write(record.data)
+
+
+def _record(path: str | os.PathLike[str], example: Example) -> np.ndarray:
+    """The words of an example."""
+    parts: list[np.ndarray] = []
+    for tokens in (example.context, *example.completions):
+        parts += [np.array([len(tokens)]), tokens]
+    body = np.concatenate(parts)
+    size = 2 * (START_WORDS + 2 + len(body))
+    if size >= LIMIT:
+        raise RunError(
+            f"cannot write {path}: example {example.index} takes {size} bytes, the format allows less than {LIMIT}: "
+            "shorten or leave out that example"
+        )
+    start = [START_OF_EXAMPLE, size, example.index, example.label, len(example.completions)]
+    return np.concatenate([start, body]).astype("<u2")
 
 
 def _example_bytes(start: np.ndarray, index: int, where: str) -> int:

@@ -88,8 +88,9 @@ class DataLoader:
                 self.reset()
         n = self.B * self.T
         start = int(self.starts[self.next_sample])
-        tokens = self.tokens[start : start + n + 1].astype(np.int32)
-        self._check_vocabulary(tokens, start)
+        stored = self.tokens[start : start + n + 1]
+        self._check_vocabulary(stored, start)  # before uint32 becomes int32
+        tokens = stored.astype(np.int32)
         self.next_sample += 1
         # Targets get memory of their own: views into one buffer would alias.
         inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:].copy())

