@@ -50,9 +50,8 @@ def model_shape(config: TrainConfig, vocab_size_of_data: int | None) -> tuple[Mo
     if path.name == "chessGPT_d8_bf16.bin":
         raise RunError(f"-e {path}: there is no such file; make it, with random weights: llmc-init {descriptor}{out}")
     raise RunError(
-        f"-e {path}: there is no such file; to train this model from scratch use -e {descriptor}; to make the file "
-        "from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 --num_iterations 0 "
-        f"--input_bin '{config.train_data}' (needs the transformers package and the network)"
+        f"-e {path}: there is no such file; make it of OpenAI's weights: llmc-convert gpt2 {path}; or train this model "
+        f"from scratch: -e {descriptor}"
     )
 
 

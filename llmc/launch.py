@@ -28,7 +28,7 @@ OWN_FLAGS = {"process_rank", "server_ip", "shared_path"}
 
 
 @contextmanager
-def launch(config: TrainConfig) -> Iterator[Ranks]:
+def launch(config: TrainConfig, program: str = "llmc-train") -> Iterator[Ranks]:
     """The ranks of this run, of which this process is one; only rank 0 prints on stdout.
 
     Raises UsageError or RunError where the ranks cannot begin together. From then on a failure of the context ends all
@@ -42,7 +42,7 @@ def launch(config: TrainConfig) -> Iterator[Ranks]:
     with reach_store(place, config, deadline) as (store, host):
         me = myself(place.rank, place.size)
         members = meet(store, me, deadline)
-    watch = Watch("llmc-train", store, host, me, members, deadline)
+    watch = Watch(program, store, host, me, members, deadline)
     try:
         with silent(place.rank > 0):
             share_cores(me, members)

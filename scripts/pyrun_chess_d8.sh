@@ -2,7 +2,7 @@
 # run_chess_d8.sh with the PyTorch reference, to compare. It writes no checkpoints.
 source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
 NPROC=${NPROC:-1}
-data="the chess fork of llm.c makes them, into 201506-moves (dev/data/lichess_uci.py -d 201506)"
+data="llmc-data lichess 2015-06 makes them"
 flags=(
   --model chess:d8
   --input_bin 'dev/data/201506/201506_train_*.bin'

@@ -2,7 +2,7 @@
 # run_gpt2_124M.sh with the PyTorch reference, to compare. It writes no checkpoints.
 source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
 NPROC=${NPROC:-8}
-data="llm.c's dev/data/fineweb.py -t classic -v 10B makes them"
+data="llmc-data fineweb makes them"
 flags=(
   --model d12
   --input_bin 'dev/data/fineweb10B/fineweb_train_*.bin'

@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
 NPROC=${NPROC:-1}
 memory=6
-data="the chess fork of llm.c makes them, into 201506-moves (dev/data/lichess_uci.py -d 201506); other data: -i and -j"
+data="llmc-data lichess 2015-06 makes them; other data: -i and -j"
 flags=( # as run_chess_124M.sh, but for those that are marked as llmc's choice
   -e chess:d8
   -i 'dev/data/201506/201506_train_*.bin'

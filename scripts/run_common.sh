@@ -35,7 +35,7 @@ skip_hellaswag() { # arguments of the script
   wanted=$(value_of -h --hellaswag)
   given=$(flags=("$@") && value_of -h --hellaswag && value_of --hellaswag-data --hellaswag-data)
   if [ "$wanted" = 1 ] && [ -z "$given" ] && [ ! -e "$file" ]; then
-    echo "${0##*/}: no HellaSwag: there is no $file, which llm.c's dev/data/hellaswag.py makes" >&2
+    echo "${0##*/}: no HellaSwag: there is no $file, which llmc-data hellaswag makes" >&2
     flags+=(-h 0)
   fi
 }

@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/run_common.sh"
 NPROC=${NPROC:-8}
 memory=80
-data="llm.c's dev/data/fineweb.py -t edu -v 100B makes them; other data: -i and -j"
+data="llmc-data fineweb --type edu --size 100B makes them; other data: -i and -j"
 flags=(
   -e d48
   -i 'dev/data/edu_fineweb100B/edu_fineweb_train_*.bin'

@@ -16,7 +16,8 @@ from training_data import V, text, write_shard, write_tokenizer
 
 from llmc import cli
 from llmc.cli.eval import _main as command
-from llmc.evaluate import Settings, evaluate
+from llmc.evaluate import Settings, Shards, evaluate
+from llmc.inference import open_model
 from llmc.model_file import ModelShape, save_model
 from llmc.ranks import Ranks
 
@@ -139,16 +140,41 @@ def evaluate_rank(ranks, directory, settings):
     return evaluate(Settings(**settings), ranks)
 
 
-@pytest.mark.parametrize("batches", [None, 2])  # 6 batches for 3 ranks; 2, so that one has none
-def test_any_number_of_ranks_measures_the_same(directory, batches):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"hellaswag": "eval.bin", "batch_size": 8},  # 6 batches of shards for 3 ranks
+        {"hellaswag": "eval.bin", "batch_size": 8, "max_batches": 2},  # one has none
+        {"batch_size": 1, "seq_len": 3},
+    ],
+)
+def test_any_number_of_ranks_measures_the_same(directory, flags):
     """The same bits, and rank 0's file."""
-    settings = dict(model="model.bin", hellaswag="eval.bin", shards="a_*.bin", batch_size=8, max_batches=batches)
-    settings["json"] = "ranks.json"
+    settings = {"model": "model.bin", "shards": "a_*.bin", "json": "ranks.json", **flags}
     expected = evaluate(Settings(**settings), Ranks())
     file = Path("ranks.json").read_bytes()
     Path("ranks.json").unlink()
     assert run_ranks(3, evaluate_rank, directory, settings) == [expected] * 3
     assert Path("ranks.json").read_bytes() == file
+
+
+class Uneven:
+    """A model whose losses are so different in size that another order of adding them would show."""
+
+    def evaluate(self, tokens, targets):
+        return 10.0 ** (targets / 4 - 10)
+
+
+def loss_of_rank(ranks, directory):
+    os.chdir(directory)
+    return Shards("a_*.bin", 3, open_model("model.bin")).evaluate(Uneven(), 1, None, ranks)
+
+
+def test_sums_do_not_depend_on_the_ranks(directory):
+    expected = loss_of_rank(Ranks(), directory)
+    sums = [(10.0 ** (torch.tensor(text(seed, n)[1:]) / 4 - 10)).tolist() for seed, n in ((0, 700), (2, 400))]
+    assert abs(expected["loss"] / (math.fsum(map(math.fsum, sums)) / 1098) - 1) < 1e-6  # fp32
+    assert run_ranks(3, loss_of_rank, directory) == [expected] * 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -121,9 +121,10 @@ def test_held_out_positions(directory):
     assert lengths == {"short": {3}, "long": {3, 4, 5, 6, 7, 8}}
     positions = chess_eval.held_out_positions([Path("games.bin")], 4, 7, CONTEXT)
     assert len(positions) == 7 and all(position.tokens[:2] == moves("a2a4") for position in positions)
-    # 1 for end-of-text, 3 for the move: 10 tokens for the position, of five moves.
-    positions = chess_eval.held_out_positions([Path("games.bin")], 5, 9, 14)
-    assert [len(position.tokens) for position in positions] == [10] * 9
+    # 1 for end-of-text, 3 for the move: of 14 tokens 10 are left for the position, five moves; of 13 only four.
+    for context, plies in ((14, 5), (13, 4)):
+        positions = chess_eval.held_out_positions([Path("games.bin")], plies, 9, context)
+        assert [len(position.tokens) for position in positions] == [2 * plies] * 9
 
 
 def test_positions_of_a_file():

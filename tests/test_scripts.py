@@ -310,7 +310,7 @@ def test_missing_data(directory, script, split):
     pattern = f"{DATA.get(script.removeprefix('py'), 'dev/data/fineweb10B/fineweb')}_{split}_*.bin"
     assert result.returncode == 1
     assert result.stderr.startswith(f"{Path(script).name}: no file matches {pattern}: ")
-    assert re.search(r"dev/data/(fineweb|lichess_uci)\.py", result.stderr) and result.stderr.count("\n") == 1
+    assert re.search(r"llmc-data (fineweb|lichess 2015-06)", result.stderr) and result.stderr.count("\n") == 1
     assert calls(directory) == []
 
 
@@ -319,7 +319,7 @@ def test_hellaswag_is_left_out_without_its_file(directory, script):
     (directory / HELLASWAG).unlink()
     result = start(script, directory)
     (call,) = calls(directory)
-    expected = f"{script}: no HellaSwag: there is no {HELLASWAG}, which llm.c's dev/data/hellaswag.py makes\n"
+    expected = f"{script}: no HellaSwag: there is no {HELLASWAG}, which llmc-data hellaswag makes\n"
     assert (result.returncode, result.stderr) == (0, "" if script.startswith("run_chess") else expected)
     assert config_of(call[call.index("llmc-train") + 1 :]).hellaswag is False
 

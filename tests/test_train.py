@@ -544,9 +544,8 @@ REFUSED = [  # flags, exit status, what the message must contain
     (
         "-e gpt2_124M_bf16.bin",
         1,
-        "-e gpt2_124M_bf16.bin: there is no such file; to train this model from scratch use -e gpt2:d12; to make the "
-        "file from OpenAI's weights run python scripts/train_gpt2.py --model gpt2 --num_iterations 0 "
-        "--input_bin 'data/t_train_*.bin' (needs the transformers package and the network)",
+        "-e gpt2_124M_bf16.bin: there is no such file; make it of OpenAI's weights: llmc-convert gpt2 "
+        "gpt2_124M_bf16.bin; or train this model from scratch: -e gpt2:d12",
     ),
     ("-e no/chessGPT_d8_bf16.bin", 1, "make it, with random weights: llmc-init chess:d8 --out no/chessGPT_d8_bf16.bin"),
     ("-e chessGPT_d8_bf16.bin", 1, "there is no such file; make it, with random weights: llmc-init chess:d8"),

@@ -496,7 +496,7 @@ def test_model_file_gives_the_weights_and_is_not_written_again(shard: str, tmp_p
 
 
 def test_pretrained_weights_become_model_files(shard: str, tmp_path: Path, monkeypatch) -> None:
-    """`--model gpt2 --num_iterations 0` only writes files; llmc-train names this command when one is missing."""
+    """`--model gpt2 --num_iterations 0` only writes files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ref.GPT2_DEPTHS, 12, (8, 1))
     monkeypatch.setattr(ref, "fetch_pretrained", lambda name: {})

@@ -35,7 +35,7 @@ def _main(argv: list[str]) -> None:
     from llmc.launch import launch
 
     settings = Settings(**arguments)
-    with launch(TrainConfig(model=settings.model, device=settings.device)) as ranks:
+    with launch(TrainConfig(model=settings.model, device=settings.device), "llmc-eval") as ranks:
         evaluate(settings, ranks)
 
 

@@ -15,7 +15,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmc.data.command import Commands, add_shard_tokens, add_workers, check_name, fraction, positive, report
 from llmc.data.source import find_sources, fingerprint_of, open_source
@@ -240,23 +240,26 @@ def add_command(commands: Commands) -> None:
         "games that are broken or that the options rule out are dropped and counted.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("months", nargs="*", metavar="YYYY-MM", help="months of lichess.org's database, from 2013-01")
-    parser.add_argument(
-        "--pgn", nargs="+", metavar="FILE", help="games in PGN, also compressed (.zst, .gz)", default=[]
-    )
-    parser.add_argument("--uci", nargs="+", metavar="FILE", help="a game a line, moves such as e2e4 e7e8q", default=[])
+    sources: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": "FILE", "nargs": "+"}
+    months = {**sources, "metavar": "YYYY-MM", "nargs": "*"}
+    parser.add_argument("months", help="months of lichess.org's database, from 2013-01", **months)
+    parser.add_argument("--pgn", help="games in PGN, also compressed (.zst, .gz)", **sources)
+    parser.add_argument("--uci", help="a game a line, moves such as e2e4 e7e8q, also compressed", **sources)
     parser.add_argument(
         "--name",
         help="of the data set of all files (default: the first FILE's name without its endings)",
         default=argparse.SUPPRESS,
     )
-    parser.add_argument("--rated", action="store_true", help="only rated games: their tag Event says so")
+    parser.add_argument(
+        "--rated", action="store_true", help="only rated games: their tag Event says so", default=argparse.SUPPRESS
+    )
     for bound, word in (("--min-elo", "lowest"), ("--max-elo", "highest")):
         parser.add_argument(
             bound, type=_number, metavar="N", help=f"{word} rating of both players", default=argparse.SUPPRESS
         )
     parser.add_argument(
         "--time-control",
+        type=_time_control,
         default=argparse.SUPPRESS,
         metavar="TIME",
         help=f"the tag, such as 600+0, or one of lichess.org's words: {', '.join(TIME_CLASSES)}",
@@ -264,7 +267,9 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--min-plies", type=_number, default=1, metavar="N", help="fewest moves, of both players together"
     )
-    parser.add_argument("--promotions", action="store_true", help="only games in which a pawn is promoted")
+    parser.add_argument(
+        "--promotions", action="store_true", help="only games in which a pawn is promoted", default=argparse.SUPPRESS
+    )
     parser.add_argument(
         "--out", metavar="DIR", help="output directory (default: dev/data/NAME)", default=argparse.SUPPRESS
     )
@@ -281,13 +286,21 @@ def _number(value: str) -> int:
     return number
 
 
+def _time_control(value: str) -> str:
+    if not re.fullmatch(rf"-|\d+(\+\d+)?|{'|'.join(TIME_CLASSES)}", value, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{value!r} is no tag such as 600+0, and none of {', '.join(TIME_CLASSES)}")
+    return value
+
+
 def _lichess(arguments: argparse.Namespace) -> None:
-    filter = Filter(**{field: value for field, value in vars(arguments).items() if field in Filter._fields})
-    _check(arguments, filter)
-    files = [*local_sources(arguments.pgn, "pgn"), *local_sources(arguments.uci, "uci")]
-    datasets = [(month.replace("-", ""), [month_source(month)]) for month in dict.fromkeys(arguments.months)]
+    given = vars(arguments)
+    months, pgn, uci = (given.get(name, []) for name in ("months", "pgn", "uci"))
+    filter = Filter(**{field: value for field, value in given.items() if field in Filter._fields})
+    _check(months, pgn, uci, given.get("name"), filter)
+    files = [*local_sources(pgn, "pgn"), *local_sources(uci, "uci")]
+    datasets = [(month.replace("-", ""), [month_source(month)]) for month in dict.fromkeys(months)]
     if files:
-        name = getattr(arguments, "name", Path(files[0].name).name.split(".")[0])
+        name = given.get("name", Path(files[0].name).name.split(".")[0])
         check_name(name)
         datasets.append((name, files))
     for name, sources in datasets:
@@ -295,7 +308,7 @@ def _lichess(arguments: argparse.Namespace) -> None:
             sources,
             name,
             filter,
-            getattr(arguments, "out", f"dev/data/{name}"),
+            given.get("out", f"dev/data/{name}"),
             val_fraction=arguments.val_fraction,
             workers=arguments.workers,
             shard_tokens=arguments.shard_tokens,
@@ -304,25 +317,18 @@ def _lichess(arguments: argparse.Namespace) -> None:
         report(written)
 
 
-def _check(arguments: argparse.Namespace, filter: Filter) -> None:
-    if not (arguments.months or arguments.pgn or arguments.uci):
+def _check(months: list[str], pgn: list[str], uci: list[str], name: str | None, filter: Filter) -> None:
+    if not (months or pgn or uci):
         raise UsageError("nothing to do: give months such as 2015-06, or files with --pgn or --uci")
-    for month in arguments.months:
+    for month in months:
         if not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", month) or month < "2013":
             raise UsageError(f"{month!r} is not a month of lichess.org's database: give one such as 2013-01, the first")
-    if "name" in arguments and not (arguments.pgn or arguments.uci):
-        raise UsageError(
-            f"--name {arguments.name!r} is for files, with --pgn or --uci; a month is called YYYYMM: drop it"
-        )
+    if name is not None and not (pgn or uci):
+        raise UsageError(f"--name {name!r} is for files, with --pgn or --uci; a month is called YYYYMM: drop it")
     if 0 < filter.max_elo < filter.min_elo:
         raise UsageError(f"--max-elo {filter.max_elo} is below --min-elo {filter.min_elo}: no game can be kept")
-    if "time_control" in arguments and not re.fullmatch(
-        rf"-|\d+(\+\d+)?|{'|'.join(TIME_CLASSES)}", filter.time_control, re.ASCII
-    ):
-        words = ", ".join(TIME_CLASSES)
-        raise UsageError(f"--time-control {filter.time_control!r}: give a tag such as 600+0, or one of {words}")
     for field in ("rated", "min_elo", "max_elo", "time_control"):
-        if arguments.uci and getattr(filter, field):
+        if uci and getattr(filter, field):
             flag = "--" + field.replace("_", "-")
             raise UsageError(f"{flag} needs the tags of PGN, the lines of --uci have none: drop one of the two")
 

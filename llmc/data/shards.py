@@ -83,8 +83,8 @@ def _advice(pattern: str) -> str:
     directory, name = os.path.split(pattern)
     if directory == "dev/data/201506":
         return (
-            "this, the default data, is chess, which llmc-data cannot make: give your own with -i and -j, or begin "
-            "with llmc-data shakespeare and llmc-train -e custom:l=4,c=128,h=4,t=64 -t 64 "
+            "these, the default data, are games of chess: make them with llmc-data lichess 2015-06; or give your own "
+            "with -i and -j, or begin with llmc-data shakespeare and llmc-train -e custom:l=4,c=128,h=4,t=64 -t 64 "
             "-i 'dev/data/shakespeare/shakespeare_train_*.bin' -j 'dev/data/shakespeare/shakespeare_val_*.bin'"
         )
     if not name.startswith("shakespeare_"):

@@ -3,7 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../run_common.sh"
 NPROC=16
 memory=80
-data="llm.c's dev/data/fineweb.py -t classic -v 10B makes them; other data: -i and -j"
+data="llmc-data fineweb makes them; other data: -i and -j"
 flags=(
   -e d12
   -i 'dev/data/fineweb10B/fineweb_train_*.bin'
