@@ -5,6 +5,7 @@ GPT-2's are uint16 (magic 20240520, version 1); vocabularies of more than 65,536
 
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,14 @@ class Format(NamedTuple):
     version: int
     dtype: np.dtype[Any]
 
+
+MAKERS = {  # of the data sets by the names of their files: the command, and the directory it writes to by default
+    "shakespeare": ("shakespeare", "dev/data/shakespeare"),
+    "tiny_shakespeare": ("tinyshakespeare", "dev/data/tinyshakespeare"),
+    "TinyStories": ("tinystories", "dev/data/tinystories"),
+    "fineweb": ("fineweb", "dev/data/fineweb10B"),
+    "edu_fineweb": ("fineweb --type edu", "dev/data/edu_fineweb10B"),
+}
 
 UINT16 = Format(binfile.MAGIC_TOKENS, 1, np.dtype("<u2"))
 UINT32 = Format(binfile.MAGIC_TOKENS_32, 7, np.dtype("<u4"))
@@ -87,7 +96,11 @@ def _advice(pattern: str) -> str:
             "with -i and -j, or begin with llmc-data shakespeare and llmc-train -e custom:l=4,c=128,h=4,t=64 -t 64 "
             "-i 'dev/data/shakespeare/shakespeare_train_*.bin' -j 'dev/data/shakespeare/shakespeare_val_*.bin'"
         )
-    if not name.startswith("shakespeare_"):
+    data_set = re.match(r"(\w+?)_(?:train|val)", name)
+    if data_set is None or data_set[1] not in MAKERS:
         return "check the pattern, or make a data set from text files with llmc-data text"
-    out = "" if directory == "dev/data/shakespeare" else f" --out {directory or '.'}"
-    return f"make them with llmc-data shakespeare{out}"
+    command, usual = MAKERS[data_set[1]]
+    if directory == usual.replace("10B", "100B") != usual:
+        command, usual = f"{command} --size 100B", directory
+    out = "" if directory == usual else f" --out {directory or '.'}"
+    return f"make them with llmc-data {command}{out}"
