@@ -13,7 +13,7 @@ from llmc.model_file import FileDtype, ModelShape, read_model_header
 if TYPE_CHECKING:
     from llmc import _C
 
-WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
+WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "gpt2_124M.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
 
 ALIGNMENT = 256  # bytes; the core pads every buffer to a multiple, kAlignment in csrc/gpt2/plan.cpp
 

@@ -64,9 +64,14 @@ def play_chess(directory: Path) -> list[tuple[str, str]]:
     ]
 
 
+def blocks(heading: str, language: str) -> list[str]:
+    """The code of a section of the README."""
+    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.M | re.S)
+
+
 def journeys() -> list[str]:
-    section = (ROOT / "README.md").read_text().split("\n## Journeys\n")[1].split("\n## ")[0]
-    return re.findall(r"^```bash\n(.*?)^```", section, re.M | re.S)
+    return blocks("Journeys", "bash")
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,11 @@ def test_journey(tmp_path: Path, number: int, prepare, made: set[str]) -> None:
 
 def test_every_journey_is_tested() -> None:
     assert len(journeys()) == 3
+
+
+def test_playing_with_the_core() -> None:
+    code = "\n".join(blocks("Playing with the core", "python"))
+    result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    steps = [line.split() for line in result.stdout.splitlines()]
+    assert len(steps) == 10 and float(steps[-1][1]) < float(steps[0][1])  # the loss falls
