@@ -1,11 +1,11 @@
 """llmc-data lichess: from files and from a server of our own to shards."""
 
+import functools
 import gzip
 import http.server
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -13,47 +13,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import data_testing
 import pytest
+from data_testing import names, shard
 
 from llmc import _C
-from llmc.cli import Parser, run
 from llmc.data import lichess
 from llmc.errors import RunError
 from llmc.tokenizer import Tokenizer, chess_token_bytes
 
-
-def command(argv: list[str]) -> None:
-    parser = Parser(prog="llmc-data")
-    lichess.add_command(parser.add_subparsers())
-    arguments = parser.parse_args(argv)
-    arguments.command(arguments)
-
-
-def call(*arguments: object) -> None:
-    run("llmc-data", command, ["lichess", *map(str, arguments)])
+call = functools.partial(data_testing.call, "lichess")
 
 
 def refuse(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    """Expect failure with this status and one line; return the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call(*arguments)
-    out, err = capsys.readouterr()
-    assert caught.value.code == status
-    assert out == "" and err.startswith("llmc-data: error: ") and err.count("\n") == 1
-    return err.removeprefix("llmc-data: error: ").strip()
-
-
-def shard(path: Path) -> list[int]:
-    """Tokens read by the format's description, not by our reader."""
-    raw = path.read_bytes()
-    magic, version, n = struct.unpack("<3i", raw[:12])
-    assert (magic, version, len(raw)) == (20240520, 1, 1024 + 2 * n)
-    return list(struct.unpack(f"<{n}H", raw[1024:]))
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    return data_testing.refuse(capsys, status, "lichess", *arguments)
 
 
 def random_games(count: int, seed: int = 0) -> list[list[str]]:

@@ -6,7 +6,6 @@ import io
 import json
 import random
 import re
-import struct
 import sys
 import tarfile
 import threading
@@ -14,11 +13,9 @@ import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+from data_testing import call, refuse, shard
 
-from llmc.cli import run
-from llmc.cli.data import _main
 from llmc.data import tinyshakespeare, tinystories, writer
 from llmc.data.download import download
 from llmc.errors import RunError
@@ -30,27 +27,6 @@ EOT = 50256
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def call(*arguments: object) -> None:
-    run("llmc-data", _main, [str(argument) for argument in arguments])
-
-
-def refuse(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call(*arguments)
-    out, err = capsys.readouterr()
-    assert caught.value.code == status
-    assert out == "" and err.startswith("llmc-data: error: ") and err.count("\n") == 1
-    return err.removeprefix("llmc-data: error: ").strip()
-
-
-def shard(path: str) -> list[int]:
-    raw = Path(path).read_bytes()
-    magic, version, n = struct.unpack("<3i", raw[:12])
-    assert (magic, version, len(raw)) == (20240520, 1, 1024 + 2 * n)
-    return np.frombuffer(raw[1024:], "<u2").tolist()
 
 
 def expected(documents: Iterable[str]) -> list[int]:

