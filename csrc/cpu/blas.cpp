@@ -92,6 +92,8 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
   }
 }
 
+bool has_direct_kernels() { return library().mkl; }
+
 const char* name() { return library().name; }
 
 }  // namespace llmc::blas

@@ -10,6 +10,9 @@ namespace llmc::blas {
 void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
           const float* b, int64_t ldb, bool accumulate, float* c, int64_t ldc);
 
+// Whether gemm computes a tile of few rows or columns without packing its operands if they allow it: MKL, not OpenBLAS.
+bool has_direct_kernels();
+
 // Name and version of the library in use, for reports.
 const char* name();
 

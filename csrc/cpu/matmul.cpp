@@ -1,6 +1,6 @@
 // Matrix products and the bias gradient.
 //
-// A product is cut into tiles of its result by a rule that looks at the shape alone, and each tile is one single-threaded
+// A product is cut into tiles of its result by a rule that looks at shape and library alone; each tile is one single-threaded
 // BLAS call followed by its epilogue (bias, GELU, GELU's derivative) while the tile is in the L2 cache. Tiles share nothing,
 // so which thread computes which tile does not change a bit of the result.
 // bf16: panels of the operands are widened to fp32 in the thread's scratch, products accumulate in fp32 over all of k, and
@@ -42,17 +42,20 @@ struct Cut {
   bool left_panel, right_panel;
 };
 
-// By measurement with MKL on a Xeon with AVX-512 and 2 MiB of L2, at the shapes of GPT-2 124M and of small models. BLAS is
-// fastest, at 90 % of the peak, where it packs nothing: with up to 144 columns or 128 rows in a tile, and operands that
-// are not transposed and have rows less than pages apart. So it pays to transpose weights for it, but not small ones.
+// By measurement on a Xeon with AVX-512 and 2 MiB of L2, at the shapes of GPT-2 124M and of small models. BLAS with direct
+// kernels is fastest, at 90 % of the peak, where these can run: with up to 144 columns or 128 rows in a tile, and operands
+// that are not transposed and have rows less than pages apart. So it pays to transpose weights for them, but not small
+// ones, and not for a library that packs what it gets (2 % slower then).
 constexpr int64_t kLargeProduct = 256 << 20;  // operations
 constexpr int64_t kFarRow = 1024;             // elements
 
-bool is_large(int64_t m, int64_t n, int64_t k) { return 2 * m * n * k > kLargeProduct; }
+bool suits_direct_kernels(int64_t m, int64_t n, int64_t k) {
+  return 2 * m * n * k > kLargeProduct && blas::has_direct_kernels();
+}
 
 // x·weightᵀ
 Cut cut_of_forward(int64_t m, int64_t n, int64_t k) {
-  return is_large(m, n, k) ? Cut{{512, 144, 0.25f}, false, true} : Cut{{512, 144, 0.125f}, false, false};
+  return suits_direct_kernels(m, n, k) ? Cut{{512, 144, 0.25f}, false, true} : Cut{{512, 144, 0.125f}, false, false};
 }
 
 // dout·weight
@@ -62,7 +65,8 @@ Cut cut_of_backward_input(int64_t n) {
 
 // doutᵀ·x
 Cut cut_of_backward_weight(int64_t m, int64_t n, int64_t k) {
-  return is_large(m, n, k) && n <= kFarRow ? Cut{{128, 1024, 4}, m > kFarRow, false} : Cut{{384, 768, 4}, false, false};
+  return suits_direct_kernels(m, n, k) && n <= kFarRow ? Cut{{128, 1024, 4}, m > kFarRow, false}
+                                                       : Cut{{384, 768, 4}, false, false};
 }
 
 constexpr int64_t kFewTiles = 8;           // more cost 5 % for repeated packing, fewer leave cores idle
