@@ -4,7 +4,7 @@ A game is tokens: end-of-text, then two squares a move and a promotion if there 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -66,8 +66,8 @@ def games(paths: Sequence[Path]) -> Iterator[tuple[str, list[int]]]:
     """The tokens of each game that is complete in a shard, and where it is."""
     for path in paths:
         tokens = np.asarray(read_shard(path))
-        ends = np.flatnonzero(tokens == END_OF_TEXT)
-        for number, (begin, end) in enumerate(zip(ends, [*ends[1:], len(tokens)], strict=True)):
+        bounds = [*np.flatnonzero(tokens == END_OF_TEXT), len(tokens)]
+        for number, (begin, end) in enumerate(pairwise(bounds)):
             if end < len(tokens) or path == paths[-1]:
                 yield f"{path}: game {number}", tokens[begin + 1 : end].tolist()
 
@@ -123,7 +123,9 @@ def legal_rates(model: Model, positions: Sequence[Position], ranks: Ranks) -> tu
             raise RunError(f"{where} has the illegal move {illegal}: give shards of chess games")
         legal = legal_moves(tokens)
         likeliest = next_move(model, tokens, legal, take_likeliest)
-        drawn = next_move(model, tokens, legal, draw(coins_of(number)))
+        coins = coins_of(number)
+        coins.uniform()  # this one has chosen the position
+        drawn = next_move(model, tokens, legal, draw(coins))
         if counts:
             greedy += likeliest in legal
             sampled += drawn in legal
