@@ -102,13 +102,18 @@ def tokenizer_bytes(token_bytes: list[bytes], end_of_text: int) -> bytes:
 
 def write_tokenizer(path: str | os.PathLike[str], token_bytes: list[bytes], end_of_text: int) -> None:
     """Write a version 2 tokenizer file, atomically. RunError for a token of no or more than 255 bytes."""
+    check_tokens(path, token_bytes, end_of_text)
+    with binfile.atomic_write(path) as file:
+        file.write(tokenizer_bytes(token_bytes, end_of_text))
+
+
+def check_tokens(path: str | os.PathLike[str], token_bytes: list[bytes], end_of_text: int) -> None:
+    """RunError if the tokenizer file `path` cannot hold these."""
     if not 0 <= end_of_text < len(token_bytes):
         raise RunError(f"cannot write {path}: end-of-text id {end_of_text} is outside the {len(token_bytes)} tokens")
     for id, token in enumerate(token_bytes):
         if not 1 <= len(token) <= 255:
             raise RunError(f"cannot write {path}: token {id} has {len(token)} bytes, the format takes 1 to 255")
-    with binfile.atomic_write(path) as file:
-        file.write(tokenizer_bytes(token_bytes, end_of_text))
 
 
 def chess_token_bytes() -> list[bytes]:
@@ -282,7 +287,7 @@ class HuggingFaceTokenizer:
     """A byte-level or SentencePiece-like tokenizer of Hugging Face, of a tokenizer.json."""
 
     divides = False  # it may put a space before each text, or normalise it
-    END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+    END_OF_TEXT_NAMES = (END_OF_TEXT, "<|begin_of_text|>", "<|end_of_text|>", "</s>", "<eos>")  # Llama 3: the second
 
     def __init__(self, path: Path) -> None:
         try:

@@ -147,13 +147,31 @@ def test_tinystories_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert Path("o", name).read_bytes() == Path("once", name).read_bytes()
 
 
+def test_tinystories_of_another_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an interrupted run unpacked is not taken for files of the next one's archive, whatever their names."""
+    story_archive("a.tar.gz")
+    Path("d").mkdir()
+    for i in range(2):
+        Path(f"d/data0{i}.json").write_bytes(story_file([f"A story, the {i}th."]))
+    with tarfile.open("b.tar.gz", "w:gz") as archive:
+        archive.add("d", ".")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._Unfinished, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            call("tinystories", "--input", "a.tar.gz", "--out", "o", "--workers", 1)
+    call("tinystories", "--input", "b.tar.gz", "--out", "o", "--workers", 1)
+    assert shard("o/TinyStories_train_000000.bin") == expected(["A story, the 1th."])
+
+
 def test_tinystories_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     story_archive("a.tar.gz")
     Path("cut.tar.gz").write_bytes(Path("a.tar.gz").read_bytes()[:-200])
     Path("bad.tar.gz").write_bytes(gzip.compress(b"no archive"))
-    for name in ("cut.tar.gz", "bad.tar.gz", "absent.tar.gz"):
+    for name in ("cut.tar.gz", "bad.tar.gz"):
         error = refuse(capsys, 1, "tinystories", "--input", name, "--out", "o")
         assert error.startswith(f"cannot read {name}, expected TinyStories_all_data.tar.gz: ")
+    error = refuse(capsys, 1, "tinystories", "--input", "absent.tar.gz", "--out", "o")
+    assert error == "cannot read absent.tar.gz: No such file or directory"
     Path("d").mkdir()
     Path("d/data00.json").write_bytes(story_file(["x"]))
     error = refuse(capsys, 1, "tinystories", "--input", "d", "--out", "o")

@@ -311,3 +311,29 @@ def test_hugging_face_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer.save("a.json")
     error = refuse(capsys, 1, "t.txt", "--encoding", "a.json")
     assert error.startswith("a.json is neither byte-level nor like SentencePiece")
+
+
+def test_another_encoder_of_the_same_vocabulary_starts_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pieces are others, so the number of pieces done would leave text out."""
+    fingerprints = []
+    monkeypatch.setattr(
+        text, "write_dataset", lambda *_, fingerprint, **__: fingerprints.append(fingerprint) or ([], {})
+    )
+    Path("a.txt").write_text("hello")
+    name = trained("byte-level")
+    for encoding in ("gpt2", "bytes", name):
+        text.prepare_text(["a.txt"], encoding, "o", "a", 0.1, key="text", shard_tokens=100, workers=1)
+    changed = Path(name).read_text()
+    Path(name).write_text(changed + "\n")
+    text.prepare_text(["a.txt"], name, "o", "a", 0.1, key="text", shard_tokens=100, workers=1)
+    assert len({json.dumps(fingerprint["encoding"]) for fingerprint in fingerprints}) == 4
+
+
+def test_llama_3_begins_documents_with_begin_of_text() -> None:
+    """As its rank file does, and llm.c's shards."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    specials = ["<|end_of_text|>", "<|begin_of_text|>"]
+    tokenizer.train_from_iterator(DOCUMENTS, special_tokens=specials, vocab_size=300)
+    tokenizer.save("tokenizer.json")
+    assert make_encoder("tokenizer.json", list).end_of_text == 1

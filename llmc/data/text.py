@@ -182,7 +182,11 @@ def prepare_text(
         file_items(sources, key, encoder.divides),
         EncodeText(encoder),
         val=val_fraction,
-        fingerprint={"files": fingerprint_of(source.path for source in sources), "key": key},
+        fingerprint={
+            "files": fingerprint_of(source.path for source in sources),
+            "key": key,
+            "encoding": fingerprint_of([encoding]) if os.path.isfile(encoding) else encoding,
+        },
         workers=min(workers, 1 + total // ITEM_CHARACTERS),
         shard_tokens=shard_tokens,
         total=total,

@@ -22,7 +22,9 @@ BLANK_LINE = "\n\n"
 
 def prepare_tinyshakespeare(out: str | os.PathLike[str], source: str | os.PathLike[str]) -> list[WrittenFile]:
     """Make the data set of a text file: end-of-text before each speech, the first 32,768 tokens for validation."""
-    (file,) = find_sources([source])
+    file, *others = find_sources([source])
+    if others:
+        raise RunError(f"--input {source} is a directory of {1 + len(others)} files: give the one with the text")
     text = next(read_pieces(file, divide=False)).text
     *speeches, last = text.split(BLANK_LINE)
     documents = [*(speech + BLANK_LINE for speech in speeches), last]

@@ -5,6 +5,7 @@ for validation and the stories of each file are shuffled; the files stay in orde
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -35,7 +36,8 @@ def prepare_tinystories(
     out: str | os.PathLike[str], source: Path, shard_tokens: int, workers: int
 ) -> list[WrittenFile]:
     """Make the data set of the archive, or of a directory with its JSON files."""
-    unpacked = Path(out, f".{NAME}.json")
+    of_source = hashlib.sha256(repr(fingerprint_of([source])).encode()).hexdigest()[:12]
+    unpacked = Path(out, f".{NAME}.{of_source}.json")  # never the files of another archive
     directory = source if source.is_dir() else unpack(source, unpacked)
     files = sorted(directory.glob("*.json"))
     if len(files) < 2:

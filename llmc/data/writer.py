@@ -29,7 +29,7 @@ from tqdm import tqdm
 from llmc.binfile import atomic_write
 from llmc.data.shards import token_dtype, write_shard
 from llmc.errors import RunError
-from llmc.tokenizer import tokenizer_bytes, write_tokenizer
+from llmc.tokenizer import check_tokens, tokenizer_bytes, write_tokenizer
 
 SHARD_TOKENS = 100_000_000
 SAVE_SECONDS = 5.0  # of work that a killed run can lose
@@ -89,7 +89,8 @@ def write_dataset(
     none of another data set is touched.
     """
     out = Path(out)
-    content = tokenizer_bytes(vocabulary.token_bytes, vocabulary.end_of_text)
+    check_tokens(out / "tokenizer.bin", *vocabulary)
+    content = tokenizer_bytes(*vocabulary)
     whole = {**fingerprint, "tokenizer": hashlib.sha256(content).hexdigest()}
     with _unfinished(out, name, token_dtype(len(vocabulary.token_bytes)), whole) as unfinished:
         write_tokenizer(unfinished.directory / "tokenizer.bin", *vocabulary)
@@ -150,9 +151,10 @@ class _Unfinished:
         """Take over the next item of that split."""
         with self._write_errors():
             self.files[split].write(encoded.tokens.astype(self.dtype, casting="safe", copy=False).data)
-        self.items[split] += 1
-        self.num_tokens[split] += len(encoded.tokens)
-        self.counts[split] += encoded.counts
+        with _interrupts_held():  # Ctrl-C saves them: they belong together
+            self.items[split] += 1
+            self.num_tokens[split] += len(encoded.tokens)
+            self.counts[split] += encoded.counts
         if time.monotonic() >= self.next_save:
             self.save()
             self.next_save = time.monotonic() + SAVE_SECONDS
@@ -315,7 +317,7 @@ def _in_order(
 
 @contextlib.contextmanager
 def _interrupts_held() -> Generator[None, None, None]:
-    """Ctrl-C waits, and is not for the workers that start in the meantime: the first process ends them."""
+    """Ctrl-C waits, and workers that start in the meantime never see it: the first process ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
