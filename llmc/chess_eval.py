@@ -187,12 +187,10 @@ def read_game(tokens: Iterator[int]) -> tuple[list[int], bool]:
 
 def complete(game: list[int]) -> list[int]:
     """A game that was cut off, without the beginning of a legal move at its end."""
-    from llmc.chess.judge import judge, legal_moves
+    from llmc import _C
+    from llmc.chess.judge import legal_moves
 
-    for length in (1, 2):
-        before, rest = game[: len(game) - length], game[len(game) - length :]
-        if len(rest) == length and judge(before).illegal is None:
-            begins = [move for move in legal_moves(before) if len(move) > length and move[:length] == rest]
-            if begins:
-                return before
-    return game
+    _, used, _ = _C.chess.replay(game)
+    before, rest = game[:used], game[used:]
+    begins = any(len(move) > len(rest) and move[: len(rest)] == rest for move in legal_moves(before))
+    return before if begins else game

@@ -1,26 +1,20 @@
 """llmc-convert: model files from Hugging Face's directories and back, and into another precision or vocabulary size."""
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llmc import hf, hf_hub, models
-from llmc.binfile import HEADER_BYTES, atomic_write
 from llmc.errors import RunError, UsageError
-from llmc.hf_tokenizer import NoTokenizer, is_gpt2, read_tokenizer, write_gpt2
-from llmc.model_file import ITEM_BYTES, FileDtype, ModelShape, read_model_header, save_units
-from llmc.tokenizer import LLMC_FILES, Tokenizer, working_directory_tokenizer
+from llmc.hf_tokenizer import NoTokenizer, read_tokenizer, write_gpt2
+from llmc.model_file import FileDtype, ModelShape, described, mapped_parameters, read_model_header, save_units
+from llmc.tokenizer import FILE_NAMES, Tokenizer, is_gpt2, working_directory_tokenizer, write_beside
 
 if TYPE_CHECKING:
     import torch
-
-TOKENIZER_NAMES = ("tokenizer.bin", *LLMC_FILES.values())
 
 
 def convert(source: str, target: Path, precision: FileDtype | None, vocab_size: int | None) -> Iterator[str]:
@@ -50,7 +44,7 @@ def convert(source: str, target: Path, precision: FileDtype | None, vocab_size: 
 def check_target(target: Path) -> None:
     if target.suffix == ".safetensors":
         raise UsageError(f"TARGET {target}: give the name of a directory, model.safetensors is made in it")
-    if target.name in TOKENIZER_NAMES:
+    if target.name in FILE_NAMES:
         raise UsageError(f"TARGET {target} is the name of a tokenizer file: choose another, such as model.bin")
     if os.path.lexists(target):
         raise RunError(f"{target} exists: remove it or choose another name")
@@ -144,20 +138,6 @@ def hub_name(source: str) -> str:
     return name
 
 
-def write_beside(path: Path, content: bytes, vocab_size: int) -> str:
-    """Write the tokenizer file `path`, or find it there. RunError if another one is there."""
-    vocabulary = f"{path}: vocabulary of {vocab_size:,} tokens"
-    if path.exists():
-        if path.read_bytes() != content:
-            raise RunError(
-                f"{path} exists and is not the tokenizer of this model: remove it or choose another directory"
-            )
-        return f"{vocabulary} (was there already)"
-    with atomic_write(path) as file:
-        file.write(content)
-    return f"{vocabulary}, {len(content):,} bytes"
-
-
 def write_file(
     target: Path, shape: ModelShape, dtype: FileDtype, units: Iterator[Mapping[str, "torch.Tensor"]]
 ) -> Iterator[str]:
@@ -166,26 +146,6 @@ def write_file(
     if read_model_header(target) != (shape, dtype):
         raise RunError(f"{target} does not hold what was written into it: check the disk")
     yield f"{target}: {described(shape)} parameters in {dtype}, {target.stat().st_size:,} bytes"
-
-
-def described(shape: ModelShape) -> str:
-    return (
-        f"{shape.num_layers} layers, {shape.channels} channels, {shape.num_heads} heads, "
-        f"context {shape.max_seq_len}, vocabulary {shape.vocab_size}, {shape.num_parameters:,}"
-    )
-
-
-def mapped_parameters(path: Path, shape: ModelShape, dtype: FileDtype) -> dict[str, "torch.Tensor"]:
-    """The parameters in a model file, by the program's names; their memory is the file's, not to be written to."""
-    import torch
-
-    parameters, offset = {}, HEADER_BYTES
-    for name, size in shape.parameters():
-        # Copy-on-write: torch refuses to share read-only memory without a warning.
-        values = torch.from_numpy(np.memmap(path, "<f4" if dtype == "fp32" else "<i2", "c", offset, size))
-        parameters[name] = values if dtype == "fp32" else values.view(torch.bfloat16)
-        offset += math.prod(size) * ITEM_BYTES[dtype]
-    return parameters
 
 
 def resized(wte: "torch.Tensor", vocab_size: int, padded_vocab_size: int) -> "torch.Tensor":
@@ -205,7 +165,7 @@ def resized(wte: "torch.Tensor", vocab_size: int, padded_vocab_size: int) -> "to
 
 def tokenizer_of(model: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of the model: a file beside it, or in the working directory by llm.c's name."""
-    for path in (model.with_name(name) for name in TOKENIZER_NAMES):
+    for path in (model.with_name(name) for name in FILE_NAMES):
         with contextlib.suppress(RunError):  # one that is damaged, or another model's, is not this one's
             if path.is_file() and (tokenizer := Tokenizer(path)).vocab_size == vocab_size:
                 return tokenizer

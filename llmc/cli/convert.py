@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from llmc.cli import Parser, run
+from llmc.cli.numbers import whole
 from llmc.models import MAX_SIZE
 
 EXAMPLES = """\
@@ -49,14 +50,8 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--vocab-size",
-        type=_vocab_size,
+        type=whole(1, 50257, MAX_SIZE),
         metavar="N",
         help="from .bin to .bin: keep the first N tokens, or add tokens, whose embedding is the mean of the others",
     )
     return parser
-
-
-def _vocab_size(value: str) -> int:
-    if not value.isascii() or not value.isdecimal() or not 1 <= int(value) <= MAX_SIZE:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 1 to {MAX_SIZE}, such as 50257")
-    return int(value)

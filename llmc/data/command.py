@@ -1,12 +1,12 @@
 """What the commands of `llmc-data` have in common: the types of their options, and the report of what was written."""
 
 import argparse
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 from llmc.data.writer import SHARD_TOKENS, WrittenFile
 from llmc.errors import UsageError
+from llmc.machine import cpu_count
 
 if TYPE_CHECKING:
     from llmc.cli import Parser
@@ -22,7 +22,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=positive,
-        default=len(os.sched_getaffinity(0)),
+        default=cpu_count(),
         metavar="N",
         help="processes that encode; the files are the same for any number",
     )

@@ -9,12 +9,13 @@ import csv
 import io
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from llmc.data.choices import Question, write_questions
 from llmc.data.command import Commands
 from llmc.data.download import download
 from llmc.data.eval_file import NUM_COMPLETIONS
+from llmc.data.source import read_archive
 from llmc.errors import RunError
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
@@ -27,7 +28,7 @@ def read_mmlu(source: Path) -> Iterator[Question]:
     source: data.tar, the directory it unpacks to, or the one of the test set. RunError for anything else.
     """
     try:
-        files = _read_directory(source) if source.is_dir() else _read_archive(source)
+        files = _read_directory(source) if source.is_dir() else read_archive(source, "r", "*_test.csv")
     except (OSError, EOFError, tarfile.TarError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise RunError(f"cannot read {source}, expected MMLU's data.tar: {reason}") from error
@@ -48,19 +49,6 @@ def read_mmlu(source: Path) -> Iterator[Question]:
 
 def _read_directory(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.rglob("*_test.csv")}
-
-
-def _read_archive(path: Path) -> dict[str, bytes]:
-    """Read the files where they are, extracting nothing."""
-    files = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            name = PurePosixPath(member.name)
-            if member.isfile() and name.match("*_test.csv"):
-                file = archive.extractfile(member)
-                assert file is not None  # as for every regular member
-                files[name.name] = file.read()
-    return files
 
 
 def add_command(commands: Commands) -> None:

