@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llmc import stores
+from llmc import machine, stores
 from llmc.config import TrainConfig, show
 from llmc.errors import RunError, UsageError
 from llmc.meeting import Deadline, Member, meet, myself, start_deadline
@@ -143,14 +143,22 @@ def silent(is_silent: bool) -> Iterator[None]:
 
 
 def share_cores(me: Member, members: list[Member]) -> None:
-    """As many threads as there are cores for each: the ranks of a machine may be bound to their own, or to none."""
+    """Give each rank of a machine its own part of the cores that they share, unless there are more ranks than cores.
+
+    A rank is bound to its part, so that its memory stays near and Gloo's threads do not disturb the others, and it
+    computes with as many threads. A launcher may have bound the ranks before; with OMP_NUM_THREADS both is the user's.
+    """
     if "OMP_NUM_THREADS" in os.environ:
         return
     import torch
 
-    mine = set(me.cores)
-    sharing = sum(1 for member in members if member.host == me.host and mine & set(member.cores))
-    torch.set_num_threads(max(1, len(mine) // sharing))
+    sharing = [member for member in members if member.host == me.host and set(member.cores) & set(me.cores)]
+    threads = max(1, len(me.cores) // len(sharing))
+    divisible = 1 < len(sharing) <= len(me.cores) and all(member.cores == me.cores for member in sharing)
+    if divisible and hasattr(os, "sched_setaffinity"):
+        first = sharing.index(me) * threads
+        os.sched_setaffinity(0, machine.side_by_side(me.cores)[first : first + threads])
+    torch.set_num_threads(threads)
 
 
 def agreed(config: TrainConfig, ranks: Ranks) -> Ranks:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -15,6 +16,17 @@ def cpu_name() -> str:
 def cpu_count() -> int:
     """Logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def side_by_side(cores: Iterable[int], root: Path = Path("/")) -> list[int]:
+    """Logical processors, those of a socket and of a core next to each other (on Linux; elsewhere as numbered)."""
+
+    def place(core: int) -> tuple[int, ...]:
+        topology = root / f"sys/devices/system/cpu/cpu{core}/topology"
+        lines = [read_lines(topology / name) for name in ("physical_package_id", "core_id")]
+        return *(int(line) for file in lines for line in file), core
+
+    return sorted(cores, key=place)
 
 
 def memory_bytes() -> int:

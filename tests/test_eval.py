@@ -167,7 +167,7 @@ class Uneven:
 
 def loss_of_rank(ranks, directory):
     os.chdir(directory)
-    return Shards("a_*.bin", 3, open_model("model.bin")).evaluate(Uneven(), 1, None, ranks)
+    return Shards("a_*.bin", 3, open_model("model.bin"), None).evaluate(Uneven(), 1, ranks)
 
 
 def test_sums_do_not_depend_on_the_ranks(directory):

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ranks_testing import Processes
 
-from llmc import cli
+from llmc import cli, machine
 from llmc.command_line import parse_args
 from llmc.config import TrainConfig
 from llmc.errors import RunError, UsageError
-from llmc.launch import Place, detect, find_place, launch
+from llmc.launch import Place, detect, find_place, launch, share_cores
+from llmc.meeting import Member
 from llmc.stores import slurm_address
 
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
@@ -253,7 +255,10 @@ def fail_alone_never(ranks):
 
 PROGRAM = """
 import sys
-from llmc import cli
+import torch
+from ranks_testing import Processes
+
+from llmc import cli, machine
 from llmc.config import TrainConfig
 from llmc.launch import launch
 def main(_):
@@ -301,3 +306,41 @@ def test_the_library_of_another_mpirun():
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "mpirun has started 3 processes, but the MPI library that mpi4py loads, Open MPI" in result.stderr
     assert result.stderr.count("sees 1: it belongs to another mpirun") == 3
+
+
+EIGHT = tuple(range(8))
+
+
+@pytest.mark.parametrize(
+    ("cores", "rank", "own", "threads"),  # cores: of ranks 0, 1, ... of this machine
+    [
+        ([EIGHT], 0, None, 8),
+        ([EIGHT, EIGHT], 0, [0, 4, 1, 5], 4),
+        ([EIGHT, EIGHT], 1, [2, 6, 3, 7], 4),
+        ([EIGHT, EIGHT, EIGHT], 2, [2, 6], 2),
+        ([(0, 1), (0, 1), (0, 1)], 1, None, 1),  # more ranks than cores
+        ([(0, 1, 2, 3), (4, 5, 6, 7)], 1, None, 4),  # the launcher has bound them
+        ([(0, 1, 2, 3), (2, 3, 4, 5)], 1, None, 2),  # nobody knows what was meant
+    ],
+)
+def test_ranks_share_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: list[tuple[int, ...]],
+    rank: int,
+    own: list[int] | None,
+    threads: int,
+) -> None:
+    """Four cores with two threads each, numbered as Linux does: all first threads, then all second ones."""
+    members = [Member(i, len(cores), "here", 100 + i, allowed) for i, allowed in enumerate(cores)]
+    members.append(Member(len(cores), len(cores) + 1, "there", 7, EIGHT))
+    bound, counts = [], []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "side_by_side", lambda cores: sorted(cores, key=lambda core: (core % 4, core)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores), raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    share_cores(members[rank], members)
+    assert bound == ([] if own is None else [own])
+    assert counts == [threads]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    share_cores(members[rank], members)
+    assert len(bound) + len(counts) == (1 if own is None else 2)  # that of before: now both is the user's

@@ -61,3 +61,15 @@ def test_the_lower_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for limits, expected in (([], physical), ([int(UNLIMITED_V1)], physical), ([5000, 4000], 4000)):
         monkeypatch.setattr(machine, "control_group_limits", lambda limits=limits: limits)
         assert machine.memory_bytes() == expected
+
+
+def test_side_by_side(tmp_path: Path) -> None:
+    """Two sockets with two cores with two threads each, numbered as Linux does; the last one has no description."""
+    for core in range(8):
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{core}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{core // 2 % 2}\n")
+        (topology / "core_id").write_text(f"{core % 2}\n")
+    assert machine.side_by_side(range(8), tmp_path) == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert machine.side_by_side((7, 3, 2), tmp_path) == [2, 3, 7]
+    assert machine.side_by_side((11, 10), tmp_path) == [10, 11]
