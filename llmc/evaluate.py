@@ -80,7 +80,9 @@ def evaluate(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     questions = {}
     for name in asked:
         source = Source(f"--{name}", f"--{name}", CHOICES[name][1])
-        questions[name] = load_examples(getattr(settings, name), T, file.shape.vocab_size, source)
+        questions[name] = load_examples(
+            getattr(settings, name), T, file.shape.max_seq_len, file.shape.vocab_size, source
+        )
     max_rows = settings.max_batches and settings.max_batches * B
     shards = Shards(settings.shards, T, file, max_rows) if settings.shards else None
     chess = chess_of(settings, file)

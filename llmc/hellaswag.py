@@ -11,10 +11,10 @@ NAME = "HellaSwag"
 MAKER = "llmc-data hellaswag"
 
 
-def load_examples(path: str, seq_len: int, vocab_size: int) -> list[Example]:
+def load_examples(path: str, seq_len: int, context: int, vocab_size: int) -> list[Example]:
     """As `multiple_choice.load_examples`; errors name the trainer's flags."""
     source = Source("-h 1", "--hellaswag-data", MAKER, ", or use -h 0")
-    return multiple_choice.load_examples(path, seq_len, vocab_size, source)
+    return multiple_choice.load_examples(path, seq_len, context, vocab_size, source)
 
 
 def count_correct(model: Model, examples: Sequence[Example], batch_size: int, ranks: Ranks) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc import models
+from llmc import json_text, models
 from llmc.build import core_config
 from llmc.errors import RunError
 from llmc.model_file import FileDtype, ModelShape
@@ -63,16 +63,15 @@ def read_config(path: Path) -> tuple[ModelShape, dict[str, Any]]:
     sizes = {key: config.get(key, default) for key, default in SIZES.items()}
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value <= models.MAX_SIZE:
-            raise RunError(f"{path}: {key} is {json.dumps(value)}, it must be between 1 and {models.MAX_SIZE}")
+            raise RunError(f"{path}: {key} is {json_text.shown(value)}, it must be between 1 and {models.MAX_SIZE}")
     C, NH = sizes["n_embd"], sizes["n_head"]
     if C % NH != 0:
         raise RunError(f"{path} is damaged: n_head = {NH} does not divide n_embd = {C}")
     for key, accepted in {**FIXED, "n_inner": (None, 4 * C)}.items():
         if config.get(key, accepted[0]) not in accepted:
             known = " or ".join(json.dumps(value) for value in accepted)
-            raise RunError(
-                f"{path}: {key} is {json.dumps(config[key])}, llmc's GPT-2 has {known}: this model cannot be converted"
-            )
+            value = json_text.shown(config[key])
+            raise RunError(f"{path}: {key} is {value}, llmc's GPT-2 has {known}: this model cannot be converted")
     shape = models.shape(sizes["n_positions"], sizes["vocab_size"], sizes["n_layer"], NH, C)
     core_config(str(path), shape)  # raises for sizes that the core cannot run
     return shape, config
@@ -265,7 +264,7 @@ def check_tensor(place: tuple[Path, str], expected: tuple[int, ...]) -> FileDtyp
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`. RunError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -3,12 +3,12 @@
 After a crash and a resume steps are there twice: the later line counts.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmc import json_text
 from llmc.errors import RunError
 
 JSON_LOG = "main.jsonl"  # in the output directory, with --json-log 1
@@ -68,8 +68,8 @@ def read_json_log(path: Path) -> Log:
 def read_record(path: Path, number: int, line: str) -> dict[str, float]:
     """The numbers of one line of a JSON log, "step" among them; what is null was not known. RunError for any other."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = json_text.parse(line)
+    except ValueError:
         record = None
     numbers = {key: value for key, value in record.items() if value is not None} if isinstance(record, dict) else {}
     right = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers.values())

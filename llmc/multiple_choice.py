@@ -52,9 +52,10 @@ class Score:
         return self.by_mean / self.examples
 
 
-def load_examples(path: str, seq_len: int, vocab_size: int, source: Source) -> list[Example]:
+def load_examples(path: str, seq_len: int, context: int, vocab_size: int, source: Source) -> list[Example]:
     """The examples of an evaluation file, shortest first: batches of alike ones have little padding.
 
+    seq_len: length of a row now; context: the longest that the model can take.
     RunError or UsageError if it is no such file, or has a token or a row that the model cannot take.
     """
     or_else = f" with {source.flag}{source.or_else}"
@@ -71,6 +72,11 @@ def load_examples(path: str, seq_len: int, vocab_size: int, source: Source) -> l
             )
     examples.sort(key=row_length)
     longest = row_length(examples[-1])
+    if longest > context:
+        raise RunError(
+            f"{path}: example {examples[-1].index} has a row of {longest} tokens, the model a context of {context}: "
+            f"leave that example out{source.or_else}"
+        )
     if longest > seq_len:
         raise UsageError(
             f"-t {seq_len} is too short for {source.asked_by}: example {examples[-1].index} of {path} has a row of "

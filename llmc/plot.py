@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ PANELS = {  # key of the series: title; validation losses are drawn with those o
     "lr": "learning rate",
     "tokens_per_s": "tokens/s",
 }
+DRAWN = {*PANELS, "val_loss"}
 NOISY = ("loss", "norm")  # drawn faintly, behind their running mean
 RAW_ALPHA = 0.25
 MANY_POINTS = 100  # from where on markers would hide the line, and the first losses all others
@@ -117,6 +119,8 @@ def read_run(path: Path) -> PlottedRun:
     notes = list(log.notes)
     if not log.series:
         raise RunError(f"{file} has no line yet: wait until the run has logged something")
+    if not DRAWN & log.series.keys():
+        raise RunError(f"{file} has nothing to draw: none of {', '.join(sorted(DRAWN))}")
     json_log = path / JSON_LOG
     if is_directory and json_log.exists():  # it knows more
         more = read_json_log(json_log)
@@ -146,15 +150,22 @@ def named(runs: Sequence[PlottedRun]) -> list[PlottedRun]:
 
 
 def references_of(runs: Sequence[PlottedRun]) -> dict[str, bool]:
-    """The references of the runs' sizes, and whether their validation loss compares: only on FineWeb."""
+    """The references of the runs' sizes, and whether their validation loss compares: only on the same text."""
     found: dict[str, bool] = {}
     for run in runs:
         shape = run.shape
         if shape is not None and shape.vocab_size == models.GPT2_VOCAB_SIZE:
-            on_fineweb = run.config is not None and "fineweb" in run.config.val_data.lower()
+            dataset = dataset_of(run.config.val_data) if run.config else None
             for name in OF_SIZE.get((shape.num_layers, shape.channels), ()):
-                found[name] = found.get(name, False) or on_fineweb
+                found[name] = found.get(name, False) or REFERENCES[name].dataset == dataset
     return found
+
+
+def dataset_of(pattern: str) -> str | None:
+    """The data set that validation shards are of, by its name in `REFERENCES`; None: none of these."""
+    if "fineweb" not in pattern.lower():
+        return None
+    return "FineWeb-Edu" if re.search("edu[-_]?fineweb|fineweb[-_]?edu", pattern.lower()) else "FineWeb"
 
 
 def draw(

@@ -120,7 +120,9 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
         train_pattern, B, T, ranks.rank, P, shuffle=shuffle, seed=config.seed, vocab_size=shape.vocab_size
     )
     val_loader = DataLoader(config.val_data, B, T, ranks.rank, P, vocab_size=shape.vocab_size)
-    hellaswag_examples = load_examples(config.hellaswag_data, T, shape.vocab_size) if config.hellaswag else []
+    hellaswag_examples = (
+        load_examples(config.hellaswag_data, T, shape.max_seq_len, shape.vocab_size) if config.hellaswag else []
+    )
     num_steps = config.max_steps
     if num_steps == -1:
         num_steps = train_loader.num_tokens // (B * T * P * accumulation_steps)

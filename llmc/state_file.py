@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from llmc import json_text
 from llmc.binfile import HEADER_BYTES, MAGIC_STATE, atomic_write, read_header, write_header
 from llmc.data.consumed import Consumed
 from llmc.data.loader import LoaderState
@@ -213,7 +214,7 @@ class Reader:
         if self.left > 0:
             raise RunError(f"{self.path} is too long: {self.left} bytes follow the trailer")
         try:
-            fields = json.loads(raw)
+            fields = json_text.parse(raw)
             B, T = fields.get("B"), fields.get("T")
             return Trailer(
                 numbers_of(fields["loss_window"]),
@@ -223,7 +224,7 @@ class Reader:
                 whole_number(fields.get("epoch", 0)),
                 consumed_of(fields.get("consumed", {})),
             )
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise RunError(f"{self.path} is damaged: its trailer cannot be read ({error})") from None
 
     def _order(self, what: str) -> np.ndarray:

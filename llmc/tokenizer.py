@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ import tiktoken.load
 from llmc import binfile
 from llmc.data.shards import MAX_TOKEN, token_dtype
 from llmc.errors import RunError, UsageError
-from llmc.models import CHESS_VOCAB_SIZE, GPT2_VOCAB_SIZE
+from llmc.models import CHESS_VOCAB_SIZE, GPT2_VOCAB_SIZE, MAX_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
 LLMC_FILES = {GPT2_VOCAB_SIZE: "gpt2_tokenizer.bin", CHESS_VOCAB_SIZE: "chessGPT_tokenizer.bin"}
@@ -329,11 +330,14 @@ class HuggingFaceTokenizer:
             raise RunError(f"cannot read {path}: {error.strerror or error}") from error
         except Exception as error:  # the package raises nothing narrower
             raise RunError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
+        self._path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # in a text they are text
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MAX_SIZE:
+            raise RunError(f"{path} has a token {self.vocab_size - 1}: ids go up to {MAX_SIZE - 1}")
         ends = [vocabulary[name] for name in self.END_OF_TEXT_NAMES if name in vocabulary]
         if not ends:
             raise RunError(f"{path} has no end-of-text token: none of {', '.join(self.END_OF_TEXT_NAMES)}")
@@ -353,7 +357,12 @@ class HuggingFaceTokenizer:
     def token_bytes(self) -> list[bytes]:
         tokens = [f"<|unused {id}|>".encode() for id in range(self.vocab_size)]
         for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            tokens[id] = self._added[id].encode() if id in self._added else self._bytes_of(token)
+            try:
+                tokens[id] = self._added[id].encode() if id in self._added else self._bytes_of(token)
+            except KeyError as error:
+                raise RunError(
+                    f"{self._path}: token {id}, {token!r}, spells no bytes: {error.args[0]!r} stands for none"
+                ) from None
         return tokens
 
 
@@ -382,8 +391,8 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _bytes_of_sentencepiece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        return bytes.fromhex(token[3:5])
     return token.replace("▁", " ").encode()
 
 

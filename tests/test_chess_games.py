@@ -98,7 +98,9 @@ def test_tokens_by_hand() -> None:
         ("1. f3 e5 2. g4 Qh4 3. a3 0-1", "illegal move"),  # after checkmate
         ("1. Nf3 a6 2. d3 a5 3. Nd2 *", "ambiguous move"),
         ("1. e4 e5 2. Nf3?x 1-0", "unreadable"),
-        ("1. e4 -- 2. d4 1-0", "unreadable"),
+        ("1. e4 -- 2. d4 1-0", "illegal move"),  # a null move
+        ("1. e4 0000 d5 1-0", "illegal move"),
+        ("1. e4 e5 2. Z0 d5 1-0", "illegal move"),
         ("1. e4 {an open comment 1-0", "unreadable"),
         ("1. e4 (1. d4 1-0", "unreadable"),
         ("1. e4 ) e5 1-0", "unreadable"),

@@ -110,6 +110,12 @@ def test_pinned_en_passant() -> None:
         (START.replace("RNBQKBNR w", "RNBQKBN1 w"), "castling with the rook on h1"),
         (START.replace("q - 0", "q e4 0"), "en passant must be - or a square of rank 6"),
         (START.replace("q - 0", "q e6 0"), "no pawn has passed over e6"),
+        # A capture there would leave two pieces on one square, then a side without a king.
+        ("4k3/8/3rp3/3pP3/8/8/8/4K3 w - d6 0 1", "no pawn has passed over d6"),
+        ("4k3/3p4/8/3pP3/8/8/8/4K3 w - d6 0 1", "no pawn has passed over d6"),  # it comes from d7
+        ("4k3/8/8/8/3Pp3/3K4/8/8 b - d3 0 1", "no pawn has passed over d3"),
+        (START.replace("0 1", "1000001 1"), "the last two fields must be numbers from 0 to 1000000"),
+        (START.replace("0 1", "0 2147483647"), "the last two fields must be numbers from 0 to 1000000"),
         (START.replace("0 1", "x 1"), "the last two fields must be numbers"),
         (START.replace("0 1", "0 -1"), "the last two fields must be numbers"),
         ("8/8/8/8/8/8/8/K7 w - -", "each side needs one king"),
@@ -123,10 +129,10 @@ def test_bad_position(fen: str, message: str) -> None:
 
 
 def test_bad_move() -> None:
-    for move in ("", "e2", "e2e9", "e2e4qq", "e7e8k", "0000"):
+    for move in ("", "e2", "e2e9", "e2e4qq", "e7e8k"):
         with pytest.raises(_C.Error, match=f"'{move}' is not the text of a move"):
             _C.chess.make_move(START, move)
-    for move in ("e2e5", "e7e5", "e1e2", "e4e5", "e2e4q"):
+    for move in ("e2e5", "e7e5", "e1e2", "e4e5", "e2e4q", "0000", "--"):
         with pytest.raises(_C.Error, match=f"the move {move} is illegal in rnbq"):
             _C.chess.make_move(START, move)
 
@@ -176,10 +182,20 @@ TAKING = after(START, "e2e4", "d7d5")
 
 
 def test_bad_san() -> None:
-    for san in ("", "e", "N", "e9", "Zf3", "Nf3x", "O-O-O-O", "--", "e4e5e6", "e8=K", "=Q", "f3N+x", "Nxx3"):
+    for san in ("", "e", "N", "e9", "Zf3", "Nf3x", "O-O-O-O", "e4e5e6", "e8=K", "=Q", "f3N+x", "Nxx3"):
         with pytest.raises(_C.Error, match="is not the text of a move"):
             _C.chess.read_san(START, san)
-    for fen, san in ((START, "e5"), (START, "O-O"), (START, "Qd3"), (PROMOTING, "a8"), (START, "e4=Q"), (TAKING, "d5")):
+    for fen, san in (
+        (START, "e5"),
+        (START, "--"),
+        (START, "0000"),
+        (START, "Z0!?"),
+        (START, "O-O"),
+        (START, "Qd3"),
+        (PROMOTING, "a8"),
+        (START, "e4=Q"),
+        (TAKING, "d5"),
+    ):
         with pytest.raises(_C.Error, match="is illegal in "):
             _C.chess.read_san(fen, san)
     # A rook where the king would be, moving as if castling.

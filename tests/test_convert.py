@@ -636,6 +636,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     for content, line in (
         ("{", "source/config.json is damaged, it is no JSON ("),
         ("[]", "source/config.json is damag"),
+        ("[" * 100_000, "source/config.json is damaged, it is no JSON (its brackets are nested too deeply)"),
+        ('{"model_type": "gpt2", "n_inner": ' + "[" * 900 + "]" * 900 + "}", "source/config.json: n_inner is "),
     ):
         Path("source/config.json").write_text(content)
         assert refuse(capsys, 1, "source", "model.bin").startswith(line)

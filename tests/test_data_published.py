@@ -64,6 +64,11 @@ def test_tinyshakespeare_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     Path("short.txt").write_text(speeches(10))
     error = refuse(capsys, 1, "tinyshakespeare", "--input", "short.txt", "--out", "o")
     assert error.startswith("the train split of tiny_shakespeare is empty (")
+    Path("d").mkdir()
+    for name in "ab":
+        Path("d", name).write_text("x")
+    error = refuse(capsys, 1, "tinyshakespeare", "--input", "d", "--out", "o")
+    assert error == "--input d is a directory of 2 files: give the one with the text"
     assert refuse(capsys, 1, "tinyshakespeare", "--input", "x") == "cannot read x: No such file or directory"
 
 
@@ -176,7 +181,7 @@ def test_tinystories_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     Path("d/data00.json").write_bytes(story_file(["x"]))
     error = refuse(capsys, 1, "tinystories", "--input", "d", "--out", "o")
     assert error == "d holds 1 .json files, expected 2 or more: the first is for validation"
-    for content in (b"{", b"{}{", b"5", b'["x"]', b'[{"text": "x"}]', b'[{"story": 5}]', b"\xff"):
+    for content in (b"{", b"{}{", b"5", b'["x"]', b'[{"text": "x"}]', b'[{"story": 5}]', b"\xff", b"[" * 100_000):
         Path("d/data01.json").write_bytes(content)
         error = refuse(capsys, 1, "tinystories", "--input", "d", "--out", "o")
         assert error == 'd/data01.json is not a JSON list of objects with a "story"'
@@ -281,9 +286,13 @@ def test_fineweb_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), "d/a.parquet")
     error = refuse(capsys, 1, "fineweb", "--input", "d", "--out", "o")
     assert error == "d/a.parquet has no column 'text', it has id, body"
-    parquet.write_table(pyarrow.table({"text": ["x"]}), "d/a.parquet")
+    for values, kind in (([5], "int64"), ([b"x"], "binary"), ([["x"]], "list<element: string>")):
+        parquet.write_table(pyarrow.table({"text": values}), "d/a.parquet")
+        error = refuse(capsys, 1, "fineweb", "--input", "d", "--out", "o")
+        assert error == f"d/a.parquet: its column 'text' holds {kind}, expected text (string)"
+    parquet.write_table(pyarrow.table({"text": ["x", None]}), "d/a.parquet")
     error = refuse(capsys, 1, "fineweb", "--input", "d", "--out", "o")
-    assert error == "the train split of fineweb is empty (2 tokens in all): give more text"
+    assert error == "the train split of fineweb is empty (2 tokens in all): give more text or fewer --shard-tokens"
 
 
 # ---- downloads

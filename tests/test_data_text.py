@@ -167,6 +167,7 @@ def test_half_of_a_character() -> None:
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "a.jsonl line 1 has no text under 'text' (it has 'body', 'id')"),
         ("a.jsonl", b'["x"]\n', "a.jsonl line 1 has no text under 'text' (it is no object): use --key"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"', "a.jsonl line 2 is not JSON: "),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not JSON: its brackets are nested too deeply"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl line 1 is not JSON: "),
         ("a.txt.gz", b"no gzip", "cannot read a.txt.gz: Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "cannot read a.txt.gz: Compressed file ended before"),
@@ -308,6 +309,26 @@ def test_hugging_face_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer.save("a.json")
     error = refuse(capsys, 1, "t.txt", "--encoding", "a.json")
     assert error.startswith("a.json is neither byte-level nor like SentencePiece")
+
+
+def test_tokens_of_hugging_face_that_spell_no_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    Path("t.txt").write_text("hello world")
+    content = json.loads(Path(trained("byte-level")).read_text())
+    for token, id, message in (
+        ("東", 500, "a.json: token 500, '東', spells no bytes: '東' stands for none"),
+        ("ab", 2**31, f"a.json has a token {2**31}: ids go up to 1048575"),
+    ):
+        changed = json.loads(json.dumps(content))
+        changed["model"]["vocab"][token] = id
+        Path("a.json").write_text(json.dumps(changed))
+        assert refuse(capsys, 1, "t.txt", "--encoding", "a.json") == message
+    # Of SentencePiece: what only looks like the name of a byte is text.
+    content = json.loads(Path(trained("sentencepiece")).read_text())
+    id = len(content["model"]["vocab"])
+    content["model"]["vocab"].update({"<0xZZ>": id, "<0x4a>": id + 1})
+    Path("a.json").write_text(json.dumps(content))
+    assert make_encoder("a.json", list).token_bytes()[id:] == [b"<0xZZ>", b"J"]
 
 
 def test_another_encoder_of_the_same_vocabulary_starts_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_large_vocabulary(tmp_path: Path) -> None:
         (["a"], [], r"the val split of x is empty \(2 tokens in all\): give more text$"),
         (["a"], 0.1, "the val split of x is empty .* give more text or another --val-fraction$"),
         (["a"], 2, "the train split of x is empty .* give more text$"),
+        (["a"], 100, "the train split of x is empty .* give more text or fewer --shard-tokens$"),
     ],
 )
 def test_empty_split(tmp_path: Path, items: list[str], val: float | int | list[str], message: str) -> None:
@@ -226,6 +227,38 @@ def test_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: s
     assert contents(out) == contents(tmp_path / "once")
     if what != "damaged journal":
         assert error.startswith("starting over: ") and error.count("\n") == 1
+
+
+class Interrupting(np.ndarray):  # type: ignore[type-arg]
+    """Tokens whose number is asked for just when Ctrl-C is pressed."""
+
+    def __len__(self) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return super().__len__()
+
+
+def test_ctrl_c_between_two_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that is counted has its tokens counted, too."""
+    items = words(20)
+    write(tmp_path / "once", items, 0.1)
+    append = writer._Unfinished.append
+
+    def interrupted(self: writer._Unfinished, split: str, encoded: Encoded) -> None:
+        append(self, split, Encoded(encoded.tokens.view(Interrupting), encoded.counts))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer._Unfinished, "append", interrupted)
+        write(tmp_path / "out", items, 0.1)
+    write(tmp_path / "out", items, 0.1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "once")
+
+
+def test_tokens_that_the_tokenizer_file_cannot_hold(tmp_path: Path) -> None:
+    """Are noticed before anything is encoded or written."""
+    for token in (b"", bytes(256)):
+        with pytest.raises(RunError, match=f"token 1 has {len(token)} bytes, the format takes 1 to 255"):
+            write(tmp_path / "out", stop_after([], 0, AssertionError()), 0.1, Vocabulary([b"<|end|>", token], 0))
+    assert not list(tmp_path.iterdir())
 
 
 def test_tokens_after_the_journal_are_cut_off(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_max_batches(twin):
     assert call("--shards a_*.bin --max-batches 1000") == call("--shards a_*.bin")
 
 
+def test_max_batches_of_a_long_shard(directory):
+    """Only the rows that are asked for are listed: all of a large data set would not fit into the memory."""
+    write_shard(directory / "long.bin", [0] * 1_000_000)
+    tracemalloc.start()
+    shards = Shards("long.bin", 1, open_model("model.bin"), 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(shards.rows) == 2 and peak < 1_000_000  # a list of all takes more than 50 bytes a row
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Several ranks
 
@@ -198,6 +209,11 @@ REFUSED = [  # flags, exit status, message
         1,
         f"token {V} of example 1 is outside the model's vocabulary of {V}: name a file made with ",
     ),
+    (
+        "--choices eval.bin -e short.bin",
+        1,
+        "eval.bin: example 22 has a row of 24 tokens, the model a context of 23: leave that example out",
+    ),
     ("--choices eval.bin -t 23", 2, "-t 23 is too short for --choices: example 22 of eval.bin has a row of 24 tokens"),
     ("--mmlu eval.bin -b 3", 2, "-b 3 is too small for --mmlu, where a question takes 4 rows: use -b 4 or more"),
     ("--shards a_*.bin -t 25", 2, "-t 25 is longer than the context of model.bin: use -t 24 or less"),
@@ -233,6 +249,7 @@ REFUSED = [  # flags, exit status, message
 
 @pytest.mark.parametrize(("flags", "status", "message"), REFUSED, ids=[flags for flags, *_ in REFUSED])
 def test_refused(directory, capsys, flags, status, message):
+    save("short.bin", (T - 1, *CASE[1:-1], T - 1))
     three = random_examples(3)
     three[1][2][2][-1] = V
     write_eval("big.bin", three)

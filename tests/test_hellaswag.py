@@ -119,12 +119,12 @@ def test_choices_are_those_of_pytorch(reference, batch_size):
     assert set(choices) == {0, 1, 2, 3}
     labels = [label for label, *_ in examples]
     expected = [choice == label for choice, label in zip(choices, labels, strict=True)]
-    loaded = load_examples("eval.bin", T, V)
+    loaded = load_examples("eval.bin", T, T, V)
     found = {example.index: count_correct(model, [example], batch_size, Ranks()) for example in loaded}
     assert [found[i] for i in range(23)] == expected
     assert count_correct(model, loaded, batch_size, Ranks()) == sum(expected)
     write_eval("eval.bin", [(choice, *rest) for choice, (_, *rest) in zip(choices, examples, strict=True)])
-    assert count_correct(model, load_examples("eval.bin", T, V), batch_size, Ranks()) == 23
+    assert count_correct(model, load_examples("eval.bin", T, T, V), batch_size, Ranks()) == 23
 
 
 class Recorder:
@@ -162,7 +162,7 @@ def test_the_rule(completions, choice):
 def test_batches(batch_size, rows):
     """Whole examples, no longer than they need to be: sorted by length, so each begins where the one before ended."""
     model = Recorder()
-    count_correct(model, load_examples("eval.bin", T, V), batch_size, Ranks())
+    count_correct(model, load_examples("eval.bin", T, T, V), batch_size, Ranks())
     lengths = sorted(len(context) + max(map(len, completions)) - 1 for _, context, completions in random_examples(23))
     step = batch_size // 4
     longest = [max(lengths[first : first + step]) for first in range(0, 23, step)]
@@ -186,7 +186,7 @@ def count_on_rank(ranks, path, stages):
                 calls.append(tokens.shape)
                 return model.evaluate(tokens, targets)
 
-        results.append((count_correct(Counted(), load_examples(path, T, V), CASE[5], ranks), len(calls)))
+        results.append((count_correct(Counted(), load_examples(path, T, T, V), CASE[5], ranks), len(calls)))
     return results
 
 
@@ -294,7 +294,7 @@ def test_dry_run_needs_no_file(capsys):
 
 def test_progress_on_a_terminal_only(monkeypatch):
     """Every ten batches, over one another; the result must not keep the end of a longer line."""
-    examples = load_examples("eval.bin", T, V)
+    examples = load_examples("eval.bin", T, T, V)
     for on_terminal, expected in (
         (True, "".join(f"evaluating HellaSwag: {i}/23\r" for i in (0, 10, 20)) + "\x1b[K"),
         (False, ""),

@@ -212,9 +212,27 @@ def test_references_by_size(directory, model, names):
     write_config_file("one/config.toml", TrainConfig(model=model, val_data="data/FineWeb_val_*.bin"))
     write_config_file("two/config.toml", TrainConfig(model=model, val_data="data/book_val_*.bin"))
     one, two = read_run(directory / "one"), read_run(directory / "two")
-    assert references_of([one]) == dict.fromkeys(names, True)
+    compares = {name: REFERENCES[name].dataset == "FineWeb" for name in names}
+    assert references_of([one]) == compares
     assert references_of([two]) == dict.fromkeys(names, False)  # the loss of other text does not compare
-    assert references_of([two, one]) == dict.fromkeys(names, True)
+    assert references_of([two, one]) == compares
+
+
+@pytest.mark.parametrize(
+    ("val_data", "dataset"),
+    [
+        ("dev/data/fineweb10B/fineweb_val_*.bin", "FineWeb"),
+        ("dev/data/edu_fineweb100B/edu_fineweb_val_*.bin", "FineWeb-Edu"),
+        ("FineWeb-Edu/val_*.bin", "FineWeb-Edu"),
+        ("/home/education/fineweb_val_*.bin", "FineWeb"),
+        ("dev/data/book/book_val_*.bin", None),
+    ],
+)
+def test_losses_compare_on_the_same_text(directory, val_data, dataset):
+    """OpenAI's 124M was measured on FineWeb, its 1558M on FineWeb-Edu, which is easier."""
+    for model, name, measured_on in (("d12", "gpt2_124M", "FineWeb"), ("d48", "gpt2_1558M", "FineWeb-Edu")):
+        write_config_file("one/config.toml", TrainConfig(model=model, val_data=val_data))
+        assert references_of([read_run(directory / "one")])[name] == (dataset == measured_on)
 
 
 def test_references_by_the_checkpoint(directory):
@@ -255,6 +273,7 @@ REFUSED = [
     ("no", 1, "no does not exist: give the output directory of a run (-o), a main.log or a JSON log"),
     ("empty", 1, "empty/main.log does not exist: give the output directory"),
     ("empty.log", 1, "empty.log has no line yet: wait until the run has logged something"),
+    ("other.jsonl", 1, "other.jsonl has nothing to draw: none of hellaswag, loss, lr, norm, tokens_per_s, val_loss"),
     ("damaged.log", 1, "damaged.log line 1 is damaged: 'hello' is no line of a main.log, such as s:20 tel:3.5000"),
     ("damaged.jsonl", 1, "damaged.jsonl line 1 is damaged: 'hello' is no line of a JSON log"),
     ("one --out plot.gif", 2, "--out plot.gif: the name must end in .png, .pdf, .svg"),
@@ -272,6 +291,7 @@ REFUSED = [
 def test_refusals(directory, capsys, arguments, status, message):
     (directory / "empty").mkdir()
     (directory / "empty.log").write_text("")
+    (directory / "other.jsonl").write_text('{"step": 1, "accuracy": 0.5, "ms": 3}\n')
     for name in ("damaged.log", "damaged.jsonl"):
         (directory / name).write_text("hello\n")
     before = sorted(directory.rglob("*"))

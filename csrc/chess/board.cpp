@@ -10,6 +10,7 @@ namespace llmc::chess {
 namespace {
 
 constexpr std::string_view LETTERS = "PNBRQKpnbrqk";
+constexpr int MAX_COUNTER = 1'000'000;  // the longest possible game has some thousand moves
 constexpr Bitboard DARK_SQUARES = 0xAA55AA55AA55AA55;
 constexpr int ROOK_STEPS[][2] = {{1, 0}, {-1, 0}, {0, 1}, {0, -1}};
 constexpr int BISHOP_STEPS[][2] = {{1, 1}, {1, -1}, {-1, 1}, {-1, -1}};
@@ -93,12 +94,13 @@ std::string_view next_field(std::string_view& rest) {
   return field;
 }
 
-// A counter of a FEN; `missing` if it is left out.
+// A counter of a FEN; `missing` if it is left out. Far from where the counting of moves would overflow.
 int read_counter(std::string_view field, int missing, const char* fen) {
   int value = missing;
   const auto [end, error] = std::from_chars(field.data(), field.data() + field.size(), value);
-  LLMC_CHECK(field.empty() || (error == std::errc() && end == field.data() + field.size() && value >= 0),
-             "FEN '%s': the last two fields must be numbers from 0", fen);
+  const bool is_number = error == std::errc() && end == field.data() + field.size();
+  LLMC_CHECK(field.empty() || (is_number && value >= 0 && value <= MAX_COUNTER),
+             "FEN '%s': the last two fields must be numbers from 0 to %d", fen, MAX_COUNTER);
   return value;
 }
 
@@ -125,9 +127,10 @@ Board::Board(std::string_view fen) {
     const int rank = turn_ == White ? 5 : 2;  // behind it stands the pawn that has just moved
     LLMC_CHECK(en_passant.size() == 2 && en_passant[0] >= 'a' && en_passant[0] <= 'h' && en_passant[1] == '1' + rank,
                "FEN '%s': en passant must be - or a square of rank %d", text.c_str(), rank + 1);
-    const Square square = 8 * rank + (en_passant[0] - 'a');
-    LLMC_CHECK(pieces(opponent(), Pawn) & bit(square ^ 8), "FEN '%s': no pawn has passed over %s", text.c_str(),
-               square_name(square).c_str());
+    const Square square = 8 * rank + (en_passant[0] - 'a'), first = square + (turn_ == White ? 8 : -8);
+    const bool empty = !((colors_[White] | colors_[Black]) & (bit(square) | bit(first)));
+    LLMC_CHECK(empty && (pieces(opponent(), Pawn) & bit(square ^ 8)), "FEN '%s': no pawn has passed over %s",
+               text.c_str(), square_name(square).c_str());
     en_passant_ = bit(square);
   }
   halfmove_clock_ = read_counter(halfmoves, 0, text.c_str());

@@ -217,7 +217,7 @@ class PgnReader {
 
   // A move, a move number, both ("12.e4", "12...e5"), or an annotation.
   static void read_word(std::string_view word, Game& game) {
-    if (is_digit(word[0]) && !starts_with(word, "0-0")) {
+    if (is_digit(word[0]) && !starts_with(word, "0-0") && !starts_with(word, NULL_MOVE)) {
       const size_t dot = word.find_first_not_of("0123456789");
       if (dot == std::string_view::npos) return;
       if (word[dot] != '.') return game.drop(Fate::Unreadable);

@@ -8,6 +8,9 @@ bool is_rank(char c) { return c >= '1' && c <= '8'; }
 bool is_square(std::string_view text) { return text.size() == 2 && is_file(text[0]) && is_rank(text[1]); }
 Square square_of(std::string_view text) { return 8 * (text[1] - '1') + (text[0] - 'a'); }
 
+// What some programs write for a move that is passed over, which no rule allows.
+bool is_null_move(std::string_view text) { return text == NULL_MOVE || text == "--" || text == "Z0"; }
+
 Reading accept_if_legal(Move candidate, const Board& board, Move* move) {
   if (!board.is_legal(candidate)) return Reading::Illegal;
   *move = candidate;
@@ -54,6 +57,7 @@ std::string to_uci(Move move) {
 }
 
 Reading read_uci(std::string_view text, const Board& board, Move* move) {
+  if (is_null_move(text)) return Reading::Illegal;
   const bool promotes = text.size() == 5;
   if (text.size() < 4 || text.size() > 5 || !is_square(text.substr(0, 2)) || !is_square(text.substr(2, 2)) ||
       (promotes && promotion_piece(text[4]) == NoPiece)) {
@@ -66,6 +70,7 @@ Reading read_uci(std::string_view text, const Board& board, Move* move) {
 Reading read_san(std::string_view text, const Board& board, Move* move) {
   while (!text.empty() && std::string_view("+#!?").find(text.back()) != std::string_view::npos) text.remove_suffix(1);
   if (text.size() > 4 && text.substr(text.size() - 4) == "e.p.") text.remove_suffix(4);
+  if (is_null_move(text)) return Reading::Illegal;
   if (text == "O-O" || text == "0-0") return castle(2, board, move);
   if (text == "O-O-O" || text == "0-0-0") return castle(-2, board, move);
 

@@ -4,7 +4,6 @@ Context and completions are encoded apart, in GPT-2's tokens, a space before eac
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from llmc import json_text
 from llmc.data.command import Commands
 from llmc.data.eval_file import NUM_COMPLETIONS, Example, write_eval
+from llmc.data.text import without_surrogates
 from llmc.errors import RunError
 from llmc.tokenizer import Encoder, gpt2
 
@@ -67,14 +68,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Question]:
 
 def question_of(where: str, line: str) -> Question:
     try:
-        fields: Any = json.loads(line)
+        fields: Any = json_text.parse(line)
     except ValueError as error:
         raise RunError(f"{where} is no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise RunError(f'{where}: expected an object such as {{"ctx": ..., "endings": [...], "label": 0}}')
     context, completions, label = (fields.get(name) for name in ("ctx", "endings", "label"))
     if not isinstance(context, str):
-        raise RunError(f"{where}: ctx is {context!r}, expected the text before the endings")
+        raise RunError(f"{where}: ctx is {json_text.shown(context)}, expected the text before the endings")
     if (
         not isinstance(completions, list)
         or len(completions) != NUM_COMPLETIONS
@@ -82,8 +83,11 @@ def question_of(where: str, line: str) -> Question:
     ):
         raise RunError(f"{where}: endings must be a list of {NUM_COMPLETIONS} texts")
     if isinstance(label, bool) or str(label) not in map(str, range(NUM_COMPLETIONS)):
-        raise RunError(f"{where}: label is {label!r}, expected the right ending, 0 to {NUM_COMPLETIONS - 1}")
-    return Question(where, context, completions, int(str(label)))
+        raise RunError(
+            f"{where}: label is {json_text.shown(label)}, expected the right ending, 0 to {NUM_COMPLETIONS - 1}"
+        )
+    completions = [without_surrogates(completion) for completion in completions]
+    return Question(where, without_surrogates(context), completions, int(str(label)))
 
 
 def add_command(commands: Commands) -> None:
@@ -100,6 +104,8 @@ def add_command(commands: Commands) -> None:
 
 
 def _choices(arguments: argparse.Namespace) -> None:
+    if arguments.file.is_dir():
+        raise RunError(f"cannot read {arguments.file}: it is a directory, give a file of questions")
     out = arguments.out or arguments.file.with_suffix(".bin")
     if out.resolve() == arguments.file.resolve():
         raise RunError(f"{out} would replace the questions: name another file with --out")

@@ -107,7 +107,12 @@ def read_parquet(source: Source) -> Iterator[Piece]:
             raise RunError(f"{source.path} has no column {KEY!r}, it has {', '.join(file.schema_arrow.names)}")
         size = source.size // max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(BATCH_DOCUMENTS, columns=[KEY]):
-            yield from (Piece(True, text, size) for text in batch.column(0).to_pylist() if text is not None)
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    kind = file.schema_arrow.field(KEY).type
+                    raise RunError(f"{source.path}: its column {KEY!r} holds {kind}, expected text (string)")
+                if text is not None:
+                    yield Piece(True, text, size)
     except (OSError, ArrowException) as error:
         raise RunError(f"cannot read {source.path}: {' '.join(str(error).split())}") from error
 

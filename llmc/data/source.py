@@ -6,6 +6,7 @@ Documents come as pieces, so that a long one need not be in memory as a whole.
 import codecs
 import gzip
 import io
+import lzma
 import os
 import stat
 import tarfile
@@ -13,11 +14,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from llmc.errors import RunError
 
 CHUNK_BYTES = 1_000_000
+MAX_MEMBER_BYTES = 2**28  # of a file in an archive that is read as a whole: more is no text of ours
+ARCHIVE_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)  # of a damaged one
 
 
 class Source(NamedTuple):
@@ -128,17 +131,35 @@ class _Zstd(io.RawIOBase):
         return n
 
 
-def read_archive(path: Path, mode: Literal["r", "r:gz"], pattern: str) -> dict[str, bytes]:
-    """The content of the files of a tar archive whose paths match, by their names; nothing is extracted to the disk."""
-    contents = {}
-    with tarfile.open(path, mode) as archive:
-        for member in archive:
-            name = PurePosixPath(member.name)
-            if member.isfile() and name.match(pattern):
-                file = archive.extractfile(member)
-                assert file is not None  # as for every regular member
-                contents[name.name] = file.read()
-    return contents
+def read_files(source: Path, pattern: str, expected: str) -> dict[str, bytes]:
+    """The content of the files whose paths match, by their names: of a directory, or of a tar archive.
+
+    Nothing is extracted to the disk. RunError, which says what was `expected`, if they cannot be read.
+    """
+    try:
+        if source.is_dir():
+            return {path.name: path.read_bytes() for path in source.rglob(PurePosixPath(pattern).name)}
+        contents = {}
+        with tarfile.open(source) as archive:
+            for path, size, file in regular_members(archive):
+                if path.match(pattern):
+                    if size > MAX_MEMBER_BYTES:
+                        raise RunError(f"{source}: {path} has {size} bytes, expected {expected}")
+                    contents[path.name] = file.read()
+        return contents
+    except ARCHIVE_ERRORS as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise RunError(f"cannot read {source}, expected {expected}: {reason}") from error
+
+
+def regular_members(archive: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
+    """Path, bytes and content of each, but for links, directories and devices."""
+    for member in archive:
+        if member.size < 0:  # or the next one would be sought before this one, for ever
+            raise tarfile.ReadError("a member has a negative size")
+        file = archive.extractfile(member) if member.isfile() else None
+        if file is not None:
+            yield PurePosixPath(member.name), member.size, file
 
 
 # ---- documents

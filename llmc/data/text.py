@@ -1,7 +1,6 @@
 """Text to tokens: the items that all data sets of text are written from, and the data set of the user's own files."""
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmc import json_text
 from llmc.data.command import (
     Commands,
     add_shard_tokens,
@@ -52,7 +52,7 @@ class JsonLines(NamedTuple):
             if not line.strip():
                 continue
             try:
-                document = json.loads(line)
+                document = json_text.parse(line)
             except ValueError as error:
                 raise RunError(f"{self.path} line {number} is not JSON: {error}") from error
             text = document.get(self.key) if isinstance(document, dict) else None

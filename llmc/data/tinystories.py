@@ -6,21 +6,20 @@ for validation and the stories of each file are shuffled; the files stay in orde
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
+from llmc import json_text
 from llmc.binfile import atomic_write
 from llmc.data.command import Commands, add_out, add_shard_tokens, add_workers, report
 from llmc.data.download import download
-from llmc.data.source import Piece, fingerprint_of
+from llmc.data.source import ARCHIVE_ERRORS, Piece, fingerprint_of, regular_members
 from llmc.data.text import EncodeText, item_size, text_items, vocabulary_of, without_surrogates
 from llmc.data.writer import WrittenFile, write_dataset
 from llmc.errors import RunError
@@ -65,7 +64,7 @@ def read_stories(files: Sequence[Path]) -> Iterator[Piece]:
     """Yield the stories of a split, those of each file shuffled by its place in the split."""
     for place, file in enumerate(files):
         try:
-            stories = [without_surrogates(entry["story"]).strip() for entry in json.loads(file.read_bytes())]
+            stories = [without_surrogates(entry["story"]).strip() for entry in json_text.parse(file.read_bytes())]
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -86,17 +85,15 @@ def unpack(archive: Path, directory: Path) -> Path:
             tarfile.open(fileobj=f, mode="r|gz") as members,
         ):
             directory.mkdir(parents=True, exist_ok=True)
-            for member in members:
-                path = directory / PurePosixPath(member.name).name
-                if not member.isfile() or path.suffix != ".json" or path.name.startswith("."):
+            for member, size, content in regular_members(members):
+                path = directory / member.name
+                if path.suffix != ".json" or path.name.startswith("."):
                     continue
-                if path.exists() and path.stat().st_size == member.size:
+                if path.exists() and path.stat().st_size == size:
                     continue
-                content = members.extractfile(member)
-                assert content is not None  # as for every regular member
                 with atomic_write(path) as file:
                     shutil.copyfileobj(content, file)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except ARCHIVE_ERRORS as error:
         raise RunError(f"cannot read {archive}, expected {ARCHIVE}: {error}") from error
     return directory
 

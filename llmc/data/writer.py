@@ -112,6 +112,8 @@ def write_dataset(
             if len(tokens) == 0:
                 all_tokens = len(train_tokens) + len(val_tokens)
                 remedy = " or another --val-fraction" if isinstance(val, float) else ""
+                if val == shard_tokens:  # the first shard's worth
+                    remedy = " or fewer --shard-tokens"
                 raise RunError(
                     f"the {split} split of {name} is empty ({all_tokens} tokens in all): give more text{remedy}"
                 )
