@@ -9,6 +9,7 @@ from llmc.config import TABLE, TrainConfig, flag_fields, flag_of, names, read_fl
 from llmc.config_file import read_config_file
 from llmc.errors import UsageError
 from llmc.models import DESCRIPTORS
+from llmc.roofline import GPUS
 
 METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X", bool: "0|1"}
 
@@ -20,6 +21,7 @@ class Command:
     config: TrainConfig
     dry_run: bool = False
     memory_gib: float | None = None  # of the device that a dry run is for; None: of this machine
+    roofline: str | None = None  # the GPU whose time of a step a dry run predicts
 
 
 def parse_args(argv: list[str]) -> Command:
@@ -29,16 +31,21 @@ def parse_args(argv: list[str]) -> Command:
     RunError for a configuration file that cannot be read.
     """
     given = vars(build_parser().parse_args(list(join_values(argv))))
-    dry_run, memory_gib, file = (given.pop(name, None) for name in ("dry_run", "memory", "config"))
+    dry_run, memory_gib, roofline, file = (
+        given.pop(name, None) for name in ("dry_run", "memory", "roofline", "config")
+    )
     if memory_gib is not None and not dry_run:
         raise UsageError(f"--memory {memory_gib:g} only has an effect with --dry-run; otherwise drop it")
+    if roofline is not None and not dry_run:
+        raise UsageError(f"--roofline {roofline} only has an effect with --dry-run; otherwise drop it")
     values = {**(read_config_file(file) if file is not None else {}), **given}
-    return Command(TrainConfig(**values), bool(dry_run), memory_gib)
+    return Command(TrainConfig(**values), bool(dry_run), memory_gib, roofline)
 
 
 def join_values(argv: list[str]) -> Iterator[str]:
     """Turn `-x -1` into `-x=-1`: on its own argparse takes `-1e-4` for a flag, and `-bq` for `-b q`."""
-    known = {**{name: show(entry.default) for name, entry in TABLE.items()}, "--config": "FILE", "--memory": "80"}
+    known = {name: show(entry.default) for name, entry in TABLE.items()}
+    known |= {"--config": "FILE", "--memory": "80", "--roofline": "H100"}
     switches = ("--help", "--dry-run")
     arguments = iter(argv)
     for argument in arguments:
@@ -95,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="print steps, tokens, all buffers of a process and what would fit; allocate nothing",
     )
     command.add_argument("--memory", type=read_memory, metavar="GIB", help="a dry run for a device of that memory")
+    command.add_argument(
+        "--roofline",
+        type=read_roofline,
+        metavar="GPU",
+        help=f"a dry run that predicts the time of a step, its MFU and the largest losses on one of {', '.join(GPUS)}",
+    )
     command.add_argument("--help", action="help", help="show this text and exit")
     return parser
 
@@ -104,3 +117,9 @@ def read_memory(text: str) -> float:
     if value is None or value <= 0:
         raise UsageError(f"--memory {show(text)}: it must be a positive number of GiB, such as 80")
     return value
+
+
+def read_roofline(text: str) -> str:
+    if text not in GPUS:
+        raise UsageError(f"--roofline {show(text)}: it must be one of {', '.join(GPUS)}")
+    return text

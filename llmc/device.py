@@ -9,6 +9,7 @@ from llmc.machine import cpu_name, memory_bytes
 from llmc.model_file import FileDtype
 from llmc.peak import peak_flops
 from llmc.ranks import TIMEOUT, Ranks
+from llmc.roofline import GPUS
 
 if TYPE_CHECKING:
     from llmc import _C
@@ -86,9 +87,15 @@ def communicator(ranks: Ranks, device: Device) -> "_C.Communicator | None":
     return _C.nccl_communicator(bytes.fromhex(identity), ranks.rank, ranks.size, device.index, timeout)
 
 
-def device_on_paper(config: TrainConfig, memory: int | None) -> Device:
-    """The device of a dry run, with `memory` bytes if that is given: a GPU need not be there then."""
-    if config.device == "cuda" and memory is not None:
+def device_on_paper(config: TrainConfig, memory: int | None, roofline: str | None = None) -> Device:
+    """The device of a dry run, with `memory` bytes if that is given: a GPU need not be there then, nor the one that
+    `roofline` names."""
+    if roofline is not None:
+        if config.device == "cpu":
+            raise UsageError(f"--roofline {roofline} is a GPU: drop --device cpu")
+        gpu = GPUS[roofline]
+        device = Device("cuda:0", gpu.device, gpu.memory_mib * 2**20, gpu.fuses_gelu)
+    elif config.device == "cuda" and memory is not None:
         device = Device("cuda:0", "GPU", memory, fuses_gelu=True)
     else:
         try:

@@ -19,16 +19,20 @@ from llmc.config import INT32_MAX, TrainConfig
 from llmc.data.shards import find_shards, read_shard
 from llmc.device import Device, device_on_paper
 from llmc.errors import RunError, UsageError
+from llmc.kernels import Step
 from llmc.model_file import FileDtype, ModelShape
+from llmc.roofline import GPUS, Machine
+from llmc.roofline_report import roofline_report
 from llmc.tokenizer import Tokenizer, dataset_tokenizer
 
 MIB = 2**20
 MAX_BATCH = 2**16  # a search needs an end
 
 
-def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
-    """Print the steps, every buffer of one process, the totals, and what would fit into the memory of the device."""
-    device = device_on_paper(config, None if memory_gib is None else round(memory_gib * 2**30))
+def dry_run(config: TrainConfig, memory_gib: float | None, roofline: str | None) -> None:
+    """Print the steps, every buffer of one process, the totals, and what would fit into the memory of the device; with
+    the name of a GPU in `roofline` also the predicted time of a step there."""
+    device = device_on_paper(config, None if memory_gib is None else round(memory_gib * 2**30), roofline)
     memory = device.memory
     shape, stored_as = model_shape(config, vocabulary(config))
     if shape.max_seq_len < config.seq_len:
@@ -56,6 +60,19 @@ def dry_run(config: TrainConfig, memory_gib: float | None) -> None:
             need = total_bytes(plan(config, device, shape, precision, config.batch_size, recompute, stage))
             largest = largest_batch(config, device, shape, precision, recompute, stage)
             print(f"  {stage:2}  {recompute:2}  {need / MIB:14.1f}  {largest or 'none':>10}")
+    if roofline is not None:
+        print(f"\n{prediction(config, roofline, device, shape, precision)}")
+
+
+def prediction(config: TrainConfig, roofline: str, device: Device, shape: ModelShape, precision: FileDtype) -> str:
+    P = config.num_processes
+    machine = Machine(GPUS[roofline], precision, config.tf32, config.gpus_per_node)
+
+    def step(stage: int) -> Step:
+        options = core_options(config, precision, device, zero_stage=stage)
+        return Step(core_config(f"-e {config.model}", shape), options, P, config.accumulation_steps(P))
+
+    return roofline_report(roofline, machine, step(config.zero_stage), step)
 
 
 def steps_line(config: TrainConfig, tokens_per_step: int) -> str:

@@ -4,9 +4,9 @@
     python scripts/kernel_launches.py --csv docs/launches.csv  writes it
 
 The launches are those of the step itself: it runs in the CUDA simulator (scripts/test.sh builds it), where
-scripts/launch_recorder.cpp takes the place of everything that would cost time or memory. The bytes and flops are those
-of the operations (csrc/ops/ops.h): every tensor is read or written once; scratch memory that stays in the L2 cache does
-not count. The least time is the larger of bytes / bandwidth and flops / peak.
+scripts/launch_recorder.cpp takes the place of everything that would cost time or memory. Their bytes and flops are
+those of llmc/kernels.py, which must list the very same launches. The least time is the larger of bytes / bandwidth and
+flops / peak.
 """
 
 import argparse
@@ -18,34 +18,30 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import scipy_openblas32
 import torch
 from kernel_report import short_name
 
-from llmc import models
+from llmc import kernels, models
+from llmc.kernels import CUBLAS, MEMSET
 from llmc.model_file import ModelShape
-from llmc.peak import peak_flops
+from llmc.roofline import GPUS, Gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMULATOR = ROOT / "build" / "cudasim"
-GPUS = {  # name in the table: (name of the device, bytes/s of its memory, flop/s of fp32 without tensor cores)
-    "A100": ("NVIDIA A100-SXM4-80GB", 2039e9, 19.5e12),
-    "H100": ("NVIDIA H100 80GB HBM3", 3350e9, 67e12),
-}  # by NVIDIA's data sheets
-CUBLAS, MEMSET = "cuBLASLt", "memset"
+LISTED_GPUS = ("A100", "H100")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one micro-batch with -r 1 -ge 0 -w 1."""
+    """A training step with -w 1."""
 
     name: str
     descriptor: str
@@ -54,15 +50,45 @@ class Step:
     precision: Literal["fp32", "bf16"] = "bf16"
     tf32: bool = True
     grad_dtype: Literal["fp32", "bf16", ""] = ""  # "": as precision
+    recompute: int = 1
+    gelu_fusion: int = 0
+    zero_stage: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
 
     @cached_property
     def shape(self) -> ModelShape:
         return models.resolve(self.descriptor, None)
 
-    @property
-    def element(self) -> int:
-        """Bytes of a parameter, activation or gradient."""
-        return 2 if self.precision == "bf16" else 4
+    def config(self, core: Any) -> Any:
+        """core: of the package or of the simulator."""
+        s = self.shape
+        return core.GPT2Config(
+            max_seq_len=self.T,
+            vocab_size=s.vocab_size,
+            padded_vocab_size=s.padded_vocab_size,
+            num_layers=s.num_layers,
+            num_heads=s.num_heads,
+            channels=s.channels,
+        )
+
+    def options(self, core: Any) -> Any:
+        return core.Options(
+            batch_size=self.B,
+            seq_len=self.T,
+            precision=self.precision,
+            grad_dtype=self.grad_dtype or self.precision,
+            recompute=self.recompute,
+            gelu_fusion=self.gelu_fusion,
+            zero_stage=self.zero_stage,
+            device="cuda",
+            tf32=self.tf32,
+        )
+
+    def on_paper(self) -> kernels.Step:
+        from llmc import _C
+
+        return kernels.Step(self.config(_C), self.options(_C), self.world_size, self.accumulation_steps)
 
 
 STEPS = [
@@ -95,16 +121,24 @@ OTHERS = [
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel: its short name, cuBLASLt or memset. dynamic_shared: bytes of a block. bytes: of a memset."""
+    """kernel: its short name; cuBLASLt, memset or the name of a collective. dynamic_shared: bytes of a block."""
 
     kernel: str
     threads: int
     dynamic_shared: int
-    bytes: int
+    bytes: int  # of a memset, a product, or the whole tensor of a collective
+    product: tuple[int, int, int] | None  # rows and columns of the result, depth
+
+
+KINDS = ["", MEMSET, CUBLAS, "all_reduce", "reduce_scatter", "all_gather"]  # launch_recorder.cpp's
+COLLECTIVES = KINDS[3:]
 
 
 class Record(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("kernel", "threads", "dynamic_shared", "bytes")]
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("kind", "kernel", "threads", "dynamic_shared", "bytes", "rows", "columns", "depth")
+    ]
 
 
 class Recorder:
@@ -133,25 +167,11 @@ class Recorder:
     def record(self, step: Step, whole_run: bool = False) -> list[Launch]:
         """The launches of one step; whole_run: also those of the start, which makes the optimizer's state, and of a
         resume."""
-        s = step.shape
-        config = self.core.GPT2Config(
-            max_seq_len=step.T,
-            vocab_size=s.vocab_size,
-            padded_vocab_size=s.padded_vocab_size,
-            num_layers=s.num_layers,
-            num_heads=s.num_heads,
-            channels=s.channels,
-        )
-        options = self.core.Options(
-            batch_size=step.B,
-            seq_len=step.T,
-            precision=step.precision,
-            grad_dtype=step.grad_dtype or step.precision,
-            device="cuda",
-            tf32=step.tf32,
-        )
         self.library.recorder_clear()
-        model = self.core.GPT2(config, options)
+        comm = None
+        if step.world_size > 1:
+            comm = self.core.nccl_communicator(self.core.nccl_unique_id(), 0, step.world_size, 0, 60)
+        model = self.core.GPT2(step.config(self.core), step.options(self.core), comm)
         model.start_optimizer()
         if whole_run and step.precision == "bf16":
             model.restore_parameters()
@@ -160,16 +180,17 @@ class Recorder:
             model.forward(tokens)
             model.backward(tokens)
             self.library.recorder_clear()  # the gradients were allocated, which clears them once more
-        model.forward(tokens)
-        model.backward(tokens)
+        for micro_step in range(step.accumulation_steps):
+            model.forward(tokens)
+            model.backward(tokens, micro_step, step.accumulation_steps)
         model.update(1e-3, 0.1, 1)
         records = self.library.recorder_begin()
         return [self.launch(records[i]) for i in range(self.library.recorder_count())]
 
     def launch(self, record: Record) -> Launch:
-        other = MEMSET if record.bytes else CUBLAS
-        kernel = self.names[record.kernel] if record.kernel else other
-        return Launch(kernel, record.threads, record.dynamic_shared, record.bytes)
+        kernel = KINDS[record.kind] or self.names[record.kernel]
+        product = (record.rows, record.columns, record.depth) if kernel == CUBLAS else None
+        return Launch(kernel, record.threads, record.dynamic_shared, record.bytes, product)
 
 
 def load(extension: Path) -> ModuleType:
@@ -180,7 +201,34 @@ def load(extension: Path) -> ModuleType:
     return module
 
 
-# --- bytes and flops of a step ----------------------------------------------------------------------------------------
+# --- bytes and flops --------------------------------------------------------------------------------------------------
+
+
+def differences(step: Step, launches: list[Launch]) -> list[str]:
+    """Between what was launched and what llmc/kernels.py says; bytes and shapes where the recorder has seen them."""
+    paper = step.on_paper()
+    expected: Counter[tuple[Any, ...]] = Counter()
+    patterns = set()
+    for kernel, count in paper.launches().items():
+        patterns.add(kernel.name)
+        expected[signature(kernel.name, kernel.bytes, kernel.product)] += count
+    for collective, count in paper.collectives().items():
+        expected[signature(collective.operation, collective.bytes)] += count
+    found: Counter[tuple[Any, ...]] = Counter()
+    for launch in launches:
+        matching = [pattern for pattern in patterns if fnmatchcase(launch.kernel, pattern)]
+        name = matching[0] if len(matching) == 1 else launch.kernel
+        found[signature(name, launch.bytes, launch.product)] += 1
+    return [
+        f"{step.name}: {' '.join(map(str, key))}: launched {found[key]} times, {expected[key]} in llmc/kernels.py"
+        for key in sorted(expected.keys() | found.keys(), key=str)
+        if expected[key] != found[key]
+    ]
+
+
+def signature(name: str, moved: float, product: tuple[int, int, int] | None = None) -> tuple[Any, ...]:
+    """What a launch and its entry in llmc/kernels.py have in common."""
+    return (name, moved, product) if name in (CUBLAS, MEMSET, *COLLECTIVES) else (name,)
 
 
 @dataclass(frozen=True)
@@ -191,82 +239,19 @@ class Work:
     flops: float = 0
 
 
-class Sizes:
-    """Element counts of a step's tensors. x: bytes of an element; chunks: of the loss head."""
-
-    def __init__(self, step: Step, chunks: int) -> None:
-        s = step.shape
-        self.x = step.element
-        self.B, self.T, self.C, self.L, self.NH = step.B, step.T, s.channels, s.num_layers, s.num_heads
-        self.N, self.V, self.Vp = step.B * step.T, s.vocab_size, s.padded_vocab_size
-        self.parameters = s.num_parameters
-        self.has_master = step.precision == "bf16"
-        self.chunks = chunks
-
-    @property
-    def attention(self) -> float:
-        """Flops of one (T,HS)·(HS,T) product of all rows, heads and layers; the causal half."""
-        return self.L * self.B * self.T**2 * self.C
-
-    def products(self) -> Work:
-        """Of cuBLASLt: forward, gradient of the input, gradient of the weight."""
-        moved = flops = 0
-        for OC, IC in ((3, 1), (1, 1), (4, 1), (1, 4)):
-            OC, IC = OC * self.C, IC * self.C
-            activations, weight = self.N * (OC + IC), OC * IC
-            moved += self.L * self.x * (3 * activations + 2 * weight + weight)
-            flops += self.L * 3 * 2 * self.N * OC * IC
-        head = self.Vp * self.C
-        moved += 3 * self.x * self.N * (self.Vp + self.C)
-        moved += head * (2 * self.x * self.chunks + 4 * (2 * self.chunks - 1))  # the first chunk's gradient overwrites
-        flops += 3 * 2 * self.N * head
-        return Work(moved, flops)
+def work_of(name: str, paper: Counter[kernels.Kernel]) -> Work:
+    own = [(kernel, count) for kernel, count in paper.items() if fnmatchcase(name, kernel.name)]
+    return Work(sum(k.bytes * count for k, count in own), sum(k.flops * count for k, count in own))
 
 
-WORK: dict[str, Callable[[Sizes], Work]] = {  # by a pattern of the kernel's name
-    CUBLAS: Sizes.products,
-    "embedding_forward_kernel*": lambda s: Work(s.x * s.C * (s.N + min(s.N, s.V) + s.T)),
-    "dwte_kernel*": lambda s: Work(s.x * s.C * (s.N + 2 * min(s.N, s.V))),
-    "dwpe_kernel*": lambda s: Work(s.x * s.C * (s.N + 2 * s.T)),
-    "layernorm_forward_kernel<*false>": lambda s: Work(2 * s.x * s.N * s.C),
-    "layernorm_forward_kernel<*true>": lambda s: Work(2 * s.L * 4 * s.x * s.N * s.C),
-    "layernorm_backward_kernel*": lambda s: Work((2 * s.L + 1) * 4 * s.x * s.N * s.C),
-    "attention_forward_kernel*": lambda s: Work(s.L * s.N * (4 * s.x * s.C + 4 * s.NH), 2 * s.attention),
-    "attention_delta_kernel*": lambda s: Work(s.L * s.N * (2 * s.x * s.C + 4 * s.NH)),
-    "attention_dq_kernel*": lambda s: Work(s.L * s.N * (5 * s.x * s.C + 8 * s.NH), 3 * s.attention),
-    "attention_dkdv_kernel*": lambda s: Work(s.L * s.N * (6 * s.x * s.C + 8 * s.NH), 4 * s.attention),
-    "bias_partials_kernel*": lambda s: Work(9 * s.L * s.x * s.N * s.C),
-    "add_groups_kernel*": lambda s: Work(s.x * s.C * (9 * s.L + 2 * (2 * s.L + 1))),
-    "gelu_forward_kernel*": lambda s: Work(2 * s.L * 2 * s.x * s.N * 4 * s.C),
-    "gelu_backward_kernel*": lambda s: Work(s.L * 3 * s.x * s.N * 4 * s.C),
-    "fused_classifier_kernel*": lambda s: Work(2 * s.x * s.N * s.Vp),
-    "cast_kernel*": lambda s: Work(s.Vp * s.C * (4 + s.x)),
-    "partial_sums_kernel<true>": lambda s: Work(s.x * s.parameters),
-    "partial_sums_kernel<false>": lambda s: Work(4 * s.N),
-    "add_partials_kernel": lambda s: Work(0),
-    "clip_scale_kernel": lambda s: Work(0),
-    "adamw_kernel*": lambda s: Work(s.parameters * (2 * s.x + 4 * 4 + (8 if s.has_master else s.x))),
-}
-
-
-def work_of(kernel: str, sizes: Sizes) -> Work:
-    matching = [work for pattern, work in WORK.items() if fnmatchcase(kernel, pattern)]
-    if len(matching) != 1:
-        sys.exit(f"{kernel} matches {len(matching)} entries of WORK in {__file__}: there must be one")
-    return matching[0](sizes)
-
-
-def least_seconds(work: Work, gpu: str, step: Step) -> float:
-    device, bandwidth, fp32_peak = GPUS[gpu]
-    peak = peak_flops(device, step.precision) if step.precision == "bf16" or step.tf32 else fp32_peak
-    assert peak is not None
-    return max(work.bytes / bandwidth, work.flops / peak)
+def least_seconds(work: Work, gpu: Gpu, step: Step) -> float:
+    return max(work.bytes / gpu.bandwidth, work.flops / gpu.peak(step.precision, step.tf32))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 SIZES = ["model", "B", "T", "kernel", "threads", "dynamic_shared", "launches"]
-HEADER = [*SIZES, "MB", "GFLOP", *(f"{gpu}_us" for gpu in GPUS)]
+HEADER = [*SIZES, "MB", "GFLOP", *(f"{gpu}_us" for gpu in LISTED_GPUS)]
 
 
 def forms(step: Step, launches: list[Launch]) -> dict[str, list[str]]:
@@ -281,22 +266,22 @@ def forms(step: Step, launches: list[Launch]) -> dict[str, list[str]]:
 
 def rows(step: Step, launches: list[Launch]) -> list[list[str]]:
     """All kernels with their work, then the sum."""
-    chunks = sum(launch.kernel.startswith("fused_classifier_kernel") for launch in launches)
-    sizes = Sizes(step, chunks)
-    memset = Work(sum(launch.bytes for launch in launches))
+    if wrong := differences(step, launches):
+        sys.exit("\n".join(wrong))
+    paper = step.on_paper().launches()
     table = []
-    total, times = Work(0), dict.fromkeys(GPUS, 0.0)
+    total, times = Work(0), dict.fromkeys(LISTED_GPUS, 0.0)
     for kernel, start in forms(step, launches).items():
-        work = memset if kernel == MEMSET else work_of(kernel, sizes)
-        seconds = {gpu: least_seconds(work, gpu, step) for gpu in GPUS}
+        work = work_of(kernel, paper)
+        seconds = {gpu: least_seconds(work, GPUS[gpu], step) for gpu in LISTED_GPUS}
         table.append(start + amounts(work, seconds))
         total = Work(total.bytes + work.bytes, total.flops + work.flops)
-        times = {gpu: times[gpu] + seconds[gpu] for gpu in GPUS}
+        times = {gpu: times[gpu] + seconds[gpu] for gpu in LISTED_GPUS}
     return [*table, [step.name, str(step.B), str(step.T), "all", "", "", str(len(launches)), *amounts(total, times)]]
 
 
 def amounts(work: Work, seconds: dict[str, float]) -> list[str]:
-    return [f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", *(f"{1e6 * seconds[gpu]:.1f}" for gpu in GPUS)]
+    return [f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", *(f"{1e6 * seconds[gpu]:.1f}" for gpu in LISTED_GPUS)]
 
 
 def report() -> list[list[str]]:

@@ -7,13 +7,40 @@
 #include <cstdint>
 #include <vector>
 
+enum Kind : uint64_t { kKernel, kMemset, kProduct, kAllReduce, kReduceScatter, kAllGather };
+
 struct Record {
-  uint64_t kernel;  // its offset in the library that has it; 0: not a kernel
-  uint64_t threads, dynamic_shared;
-  uint64_t bytes;  // of a memset; 0: a product of cuBLASLt
+  uint64_t kind;
+  uint64_t kernel;                   // its offset in the library that has it
+  uint64_t threads, dynamic_shared;  // of a kernel's block
+  uint64_t bytes;                    // of a memset; moved by a product; of a collective's whole tensor
+  uint64_t rows, columns, depth;     // of a product in our order: (rows, depth) by (depth, columns)
 };
 
 static std::vector<Record> records;
+static uint64_t ranks = 1;
+
+// Of cuBLASLt's descriptors, which are the simulator's.
+static uint64_t attribute(const char* getter, const void* descriptor, int attribute, size_t bytes) {
+  using Getter = int (*)(const void*, int, void*, size_t, size_t*);
+  uint64_t value = 0;
+  size_t written;
+  reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, getter))(descriptor, attribute, &value, bytes, &written);
+  return value;
+}
+
+struct Matrix {
+  explicit Matrix(const void* layout)
+      : rows(attribute(kGetter, layout, 2, 8)),
+        columns(attribute(kGetter, layout, 3, 8)),
+        bytes(rows * columns * (attribute(kGetter, layout, 0, 4) == 0 ? 4 : 2)) {}  // 0 is CUDA_R_32F, else bf16
+  static constexpr const char* kGetter = "cublasLtMatrixLayoutGetAttribute";
+  uint64_t rows, columns, bytes;
+};
+
+static void record_collective(Kind kind, uint64_t elements, int dtype) {
+  records.push_back({kind, 0, 0, 0, elements * (dtype == 7 ? 4 : 2), 0, 0, 0});  // 7 is ncclFloat32, else bf16
+}
 
 extern "C" {
 const Record* recorder_begin() { return records.data(); }
@@ -27,12 +54,37 @@ int cudaMalloc(void** result, size_t bytes) {
 int cudaFree(void*) { return 0; }
 int cudaMemcpyAsync(void*, const void*, size_t, int, void*) { return 0; }
 int cudaMemsetAsync(void*, int, size_t bytes, void*) {
-  records.push_back({0, 0, 0, bytes});
+  records.push_back({kMemset, 0, 0, 0, bytes, 0, 0, 0});
   return 0;
 }
-int cublasLtMatmul() {
-  records.push_back({});
+
+// Column by column, D is ours transposed. Its A is our second factor.
+int cublasLtMatmul(void*, const void* operation, const void*, const void*, const void* a_layout, const void*,
+                   const void* b_layout, const float* beta, const void*, const void*, void*, const void* d_layout) {
+  const Matrix a(a_layout), b(b_layout), d(d_layout);
+  const bool auxiliary = attribute("cublasLtMatmulDescGetAttribute", operation, 7, 4) & 128;  // CUBLASLT_EPILOGUE_*_AUX
+  const uint64_t moved = a.bytes + b.bytes + d.bytes * (*beta != 0 ? 2 : 1) + (auxiliary ? d.bytes : 0);
+  records.push_back({kProduct, 0, 0, 0, moved, d.columns, d.rows, a.rows * a.columns / d.rows});
   return 0;
+}
+
+// NCCL, for one rank alone of as many as one likes.
+int ncclGetUniqueId(void*) { return 0; }
+int ncclCommInitRankConfig(void** comm, int size) {
+  *comm = &ranks;
+  ranks = uint64_t(size);
+  return 0;
+}
+int ncclCommGetAsyncError(void*, int* state) { return *state = 0; }
+int ncclCommFinalize(void*) { return 0; }
+int ncclCommDestroy(void*) { return 0; }
+int ncclCommAbort(void*) { return 0; }
+int ncclAllReduce(const void*, void*, size_t n, int dtype) { return record_collective(kAllReduce, n, dtype), 0; }
+int ncclReduceScatter(const void*, void*, size_t n, int dtype) {
+  return record_collective(kReduceScatter, n * ranks, dtype), 0;
+}
+int ncclAllGather(const void*, void*, size_t n, int dtype) {
+  return record_collective(kAllGather, n * ranks, dtype), 0;
 }
 }
 
@@ -50,7 +102,7 @@ int launch(const cudaLaunchConfig_st* config, const Launch& launch) {
   dladdr(launch.kernel, &library);
   const uint64_t threads = uint64_t(config->block[0]) * config->block[1] * config->block[2];
   const uint64_t offset = static_cast<const char*>(launch.kernel) - static_cast<char*>(library.dli_fbase);
-  records.push_back({offset, threads, config->dynamic_shared, 0});
+  records.push_back({kKernel, offset, threads, config->dynamic_shared, 0, 0, 0, 0});
   return 0;
 }
 }  // namespace cudasim

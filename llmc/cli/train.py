@@ -14,7 +14,7 @@ def _main(argv: list[str]) -> None:
     if command.dry_run:
         from llmc.dry_run import dry_run
 
-        dry_run(command.config, command.memory_gib)
+        dry_run(command.config, command.memory_gib, command.roofline)
     else:
         from llmc.launch import launch
         from llmc.train import train

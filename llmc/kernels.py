@@ -1,0 +1,379 @@
+"""What a training step launches on a GPU, on paper: its kernels and collectives, with their bytes and flops.
+
+The schedule is that of csrc/gpt2 (model.cpp, optimizer.cpp, sharding.cpp), the kernels those of csrc/cuda. Bytes and
+flops are those of the operations (csrc/ops/ops.h): every tensor is read or written once; scratch memory that stays in
+the L2 cache does not count. tests/test_kernels.py compares all of it with what a step really launches.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from llmc.model_file import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from llmc import _C
+
+Operation = Literal["all_reduce", "reduce_scatter", "all_gather"]
+CUBLAS, MEMSET = "cuBLASLt", "memset"  # what stands for the name of a kernel
+
+MAX_TENSORS = 64  # of a reduction's launch, kMaxTensors in csrc/cuda/reduce.cu
+MAX_LAYERNORM_THREADS = 1024  # a longer row takes two kernels backward, csrc/cuda/layernorm.cu
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch."""
+
+    group: str  # what it belongs to, for people
+    what: str  # the operation
+    name: str  # pattern of the kernel's name; cuBLASLt or memset
+    bytes: float  # that must be moved from and to the memory
+    flops: float = 0
+    useful_flops: float = 0  # of them, those that the model's flops count: no recomputation
+    product: tuple[int, int, int] | None = None  # rows and columns of the result, depth
+    attention: tuple[str, int] | None = None  # forward or backward, and T
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call of the communicator."""
+
+    operation: Operation
+    what: str
+    bytes: int  # of the whole tensor
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What follows needs the result of the newest collective of that name, if there was one."""
+
+    what: str
+
+
+Event = Kernel | Collective | Wait
+
+
+def product(what: str, M: int, N: int, K: int, moved: float) -> Kernel:
+    flops = 2 * M * N * K
+    return Kernel("matrix products", what, CUBLAS, moved, flops, flops, (M, N, K))
+
+
+def memset(what: str, moved: float) -> Kernel:
+    return Kernel("clearing", f"zeros: {what}", MEMSET, moved)
+
+
+class Step:
+    """A training step of one rank: `accumulation_steps` micro-batches (B,T), and the update."""
+
+    def __init__(
+        self, config: "_C.GPT2Config", options: "_C.Options", world_size: int = 1, accumulation_steps: int = 1
+    ) -> None:
+        from llmc import _C
+
+        self.config, self.options = config, options
+        self.world_size, self.accumulation_steps = world_size, accumulation_steps
+        self.stage = options.zero_stage if world_size > 1 else 0
+        self.B, self.T = options.batch_size, options.seq_len
+        self.C, self.L, self.NH = config.channels, config.num_layers, config.num_heads
+        self.V, self.Vp = config.vocab_size, config.padded_vocab_size
+        self.N = self.B * self.T
+        self.x = ITEM_BYTES[options.precision]  # bytes of a parameter or activation
+        self.g = ITEM_BYTES[options.grad_dtype]  # of a gradient of a parameter
+        self.has_master = options.precision == "bf16" and options.master_weights
+        self.model_flops_per_token = 6 * config.num_parameters + 6 * self.L * self.C * self.T
+        self.residual = self.x * self.N * self.C
+        units = _C.parameter_units(config, world_size)
+        self.unit_sizes = [size for _, size, _ in units]
+        self.last_unit = len(units) - 1
+        self.unit_numels = [sum(numel for _, _, numel in tensors) for _, _, tensors in units]
+        self.chunk_rows: int = next(row[3][0] for row in _C.plan(config, options, world_size) if row[0] == "logits")
+        self.sums_dwte_apart = options.grad_dtype != "fp32" and self.chunk_rows < self.N
+        self._gathered: dict[int, int] = {}  # units by place, as in sharding.cpp
+        self._reduced: dict[int, int] = {}
+
+    def phases(self) -> list[tuple[Callable[[], Iterator[Event]], int]]:
+        """The micro-steps and the update in their order, each with how often it is repeated."""
+        A = self.accumulation_steps
+        micro_steps = {0: 1, 1: A - 2, A - 1: 1} if A > 2 else dict.fromkeys(range(A), 1)
+        self._gathered, self._reduced = {}, {}
+        return [*((partial(self.micro_step, k), count) for k, count in micro_steps.items()), (self.update, 1)]
+
+    def launches(self) -> Counter[Kernel]:
+        """How often each kernel is launched in the step."""
+        counts: Counter[Kernel] = Counter()
+        for phase, repetitions in self.phases():
+            for event in phase():
+                if isinstance(event, Kernel):
+                    counts[event] += repetitions
+        return counts
+
+    def collectives(self) -> Counter[Collective]:
+        counts: Counter[Collective] = Counter()
+        for phase, repetitions in self.phases():
+            for event in phase():
+                if isinstance(event, Collective):
+                    counts[event] += repetitions
+        return counts
+
+    # --- model.cpp ----------------------------------------------------------------------------------------------------
+
+    def micro_step(self, number: int) -> Iterator[Event]:
+        yield from self.forward()
+        yield from self.backward(number)
+
+    def forward(self) -> Iterator[Event]:
+        self._gathered.clear()
+        yield from self.gather(0)
+        yield from self.gather(1)
+        yield from self.use(0)
+        rows = min(self.N, self.V)  # different rows of wte
+        moved = self.residual + self.x * self.C * (rows + self.T)
+        yield Kernel("embedding", "embedding forward", "embedding_forward_kernel*", moved)
+        yield from self.use(1)
+        yield self.layernorm()
+        for layer in range(self.L):
+            yield from self.gather(layer + 2)
+            yield from self.forward_block()
+            yield from self.use(layer + 2)
+            yield self.residual_layernorm()
+
+    def forward_block(self) -> list[Kernel]:
+        """Without the layernorm behind it, which waits for the next block's parameters."""
+        C, fused = self.C, self.options.gelu_fusion >= 1
+        kernels = [
+            self.product_forward("qkv", 3 * C, C),
+            self.attention_forward(),
+            self.product_forward("attention projection", C, C),
+            self.residual_layernorm(),
+            self.product_forward("fc", 4 * C, C, extra=4 * self.residual if fused else 0),
+        ]
+        if not fused:
+            kernels.append(self.gelu_forward())
+        return [*kernels, self.product_forward("fc projection", C, 4 * C)]
+
+    def backward(self, micro_step: int) -> Iterator[Event]:
+        last_micro_step = micro_step == self.accumulation_steps - 1
+        accumulate = self.accumulates(micro_step)
+        if micro_step == 0:
+            if self.stage >= 2:
+                yield memset("gradients", 4 * sum(self.unit_sizes) / self.world_size)
+            yield memset("losses", 4 * self.N)
+        yield from self.open_gradients(0)
+        yield from self.open_gradients(self.last_unit)
+        yield from self.loss_head(accumulate)
+        yield memset("residual gradient", self.residual)
+        yield from self.layernorm_backward(accumulate)
+        yield from self.reduce_gradients(self.last_unit, last_micro_step)
+        for unit in range(self.L, 0, -1):
+            yield from self.use(unit)
+            if unit > 1:
+                yield from self.gather(unit - 1)
+            yield from self.open_gradients(unit)
+            yield from self.backward_block(accumulate)
+            yield from self.reduce_gradients(unit, last_micro_step)
+        yield from self.embedding_backward(accumulate)
+        yield from self.reduce_gradients(0, last_micro_step)
+        if last_micro_step:
+            yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
+            yield from self.collective("all_reduce", "loss", 4)
+            for place in sorted(self._reduced):
+                yield from self.collect_gradients(place)
+            yield Wait("loss")
+
+    def accumulates(self, micro_step: int) -> bool:
+        """Whether the gradients of parameters are added to what is there."""
+        return micro_step > 0 and self.stage < 2
+
+    def backward_block(self, accumulate: bool) -> list[Kernel]:
+        C, options = self.C, self.options
+        kernels = []
+        if options.recompute >= 1:
+            kernels.append(self.gelu_forward())
+        fused = options.gelu_fusion >= 2
+        kernels.append(self.product_input("fc projection", C, 4 * C, extra=4 * self.residual if fused else 0))
+        if not fused:
+            kernels.append(Kernel("GELU", "GELU backward", "gelu_backward_kernel*", 12 * self.residual))
+        kernels += self.parameters_backward("fc projection", C, 4 * C, accumulate)
+        if options.recompute >= 2:
+            kernels.append(self.layernorm())
+        kernels.append(self.product_input("fc", 4 * C, C))
+        kernels += self.parameters_backward("fc", 4 * C, C, accumulate)
+        kernels += self.layernorm_backward(accumulate)
+        kernels.append(self.product_input("attention projection", C, C))
+        kernels += self.parameters_backward("attention projection", C, C, accumulate)
+        kernels += self.attention_backward()
+        if options.recompute >= 2:
+            kernels.append(self.layernorm())
+        kernels.append(self.product_input("qkv", 3 * C, C))
+        kernels += self.parameters_backward("qkv", 3 * C, C, accumulate)
+        kernels += self.layernorm_backward(accumulate)
+        return kernels
+
+    def loss_head(self, accumulate: bool) -> list[Kernel]:
+        """Over chunks of rows."""
+        C, Vp, x = self.C, self.Vp, self.x
+        dweight = 4 if self.sums_dwte_apart else self.g  # bytes of an element
+        kernels = []
+        for begin in range(0, self.N, self.chunk_rows):
+            n = min(self.chunk_rows, self.N - begin)
+            moved = x * (n * (Vp + C) + Vp * C)
+            adds = begin > 0 or (accumulate and not self.sums_dwte_apart)
+            kernels += [
+                product("logits", n, Vp, C, moved),
+                Kernel("classifier", "fused classifier", "fused_classifier_kernel*", 2 * x * n * Vp),
+                product("logits, input gradient", n, C, Vp, moved),
+                product("logits, weight gradient", Vp, C, n, x * n * (Vp + C) + dweight * Vp * C * (2 if adds else 1)),
+            ]
+        if self.sums_dwte_apart:
+            name = "accumulate_kernel*" if accumulate else "cast_kernel*"
+            moved = Vp * C * (4 + self.g * (2 if accumulate else 1))
+            kernels.append(Kernel("classifier", "sum of the chunks' weight gradients", name, moved))
+        return kernels
+
+    def embedding_backward(self, accumulate: bool) -> list[Kernel]:
+        C, g = self.C, self.g
+        rows = min(self.N, self.V)
+        kernels = [] if accumulate else [memset("gradient of wpe", g * self.config.max_seq_len * C)]
+        return [
+            *kernels,
+            Kernel("embedding", "gradient of wte", "dwte_kernel*", self.residual + 2 * g * C * rows),
+            Kernel("embedding", "gradient of wpe", "dwpe_kernel*", self.residual + 2 * g * C * self.T),
+        ]
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def product_forward(self, what: str, OC: int, IC: int, extra: float = 0) -> Kernel:
+        return product(what, self.N, OC, IC, self.x * (self.N * (OC + IC) + OC * IC) + extra)
+
+    def product_input(self, what: str, OC: int, IC: int, extra: float = 0) -> Kernel:
+        moved = self.x * (self.N * (OC + IC) + OC * IC) + extra
+        return product(f"{what}, input gradient", self.N, IC, OC, moved)
+
+    def parameters_backward(self, what: str, OC: int, IC: int, accumulate: bool) -> list[Kernel]:
+        passes = 2 if accumulate else 1  # over the gradient
+        moved = self.x * self.N * (OC + IC) + passes * self.g * OC * IC
+        return [
+            product(f"{what}, weight gradient", OC, IC, self.N, moved),
+            Kernel("bias gradients", "bias gradient", "bias_partials_kernel*", self.x * self.N * OC),
+            Kernel("bias gradients", "sum of the rows' groups", "add_groups_kernel*", passes * self.g * OC),
+        ]
+
+    def gelu_forward(self) -> Kernel:
+        return Kernel("GELU", "GELU forward", "gelu_forward_kernel*", 8 * self.residual)
+
+    def layernorm(self) -> Kernel:
+        return Kernel("layernorm", "layernorm", "layernorm_forward_kernel<*false>", 2 * self.residual)
+
+    def residual_layernorm(self) -> Kernel:
+        return Kernel("layernorm", "residual + layernorm", "layernorm_forward_kernel<*true>", 4 * self.residual)
+
+    def layernorm_backward(self, accumulate: bool) -> list[Kernel]:
+        vectors = self.C * self.x / 16  # of 128 bits, one per thread
+        passes = 2 if accumulate else 1
+        if vectors <= MAX_LAYERNORM_THREADS:
+            parts = [Kernel("layernorm", "layernorm backward", "layernorm_backward_kernel*", 4 * self.residual)]
+        else:
+            parts = [
+                Kernel(
+                    "layernorm",
+                    "layernorm backward: parameters",
+                    "layernorm_partials_kernel*",
+                    2 * self.residual,
+                ),
+                Kernel("layernorm", "layernorm backward: input", "layernorm_dx_kernel*", 4 * self.residual),
+            ]
+        sums = Kernel("layernorm", "sum of the rows' groups", "add_groups_kernel*", passes * self.g * 2 * self.C)
+        return [*parts, sums]
+
+    def attention(
+        self, direction: str, part: str, name: str, values: int, statistics: int, products: int, useful: int
+    ) -> Kernel:
+        """values: (N,C) tensors read and written; statistics: (B,NH,T) in fp32; products: of (T,HS) and (HS,T) for each
+        head, of which the causal half is computed."""
+        flops = self.B * self.T**2 * self.C
+        moved = values * self.residual + statistics * 4 * self.N * self.NH
+        return Kernel(
+            "attention",
+            f"attention {direction}{part}",
+            name,
+            moved,
+            products * flops,
+            useful * flops,
+            attention=(direction, self.T),
+        )
+
+    def attention_forward(self) -> Kernel:
+        return self.attention("forward", "", "attention_forward_kernel*", 4, 1, products=2, useful=2)
+
+    def attention_backward(self) -> list[Kernel]:
+        """Scores and their gradients are computed twice, for queries and for keys; the model's flops count neither."""
+        return [
+            self.attention("backward", ": delta", "attention_delta_kernel*", 2, 1, products=0, useful=0),
+            self.attention("backward", ": k, v", "attention_dkdv_kernel*", 6, 2, products=4, useful=2),
+            self.attention("backward", ": q", "attention_dq_kernel*", 5, 2, products=3, useful=2),
+        ]
+
+    def sum(self, what: str, name: str, moved: float, tensors: int) -> Iterator[Kernel]:
+        for _ in range(math.ceil(tensors / MAX_TENSORS)):
+            yield Kernel("norm and loss", what, name, moved / math.ceil(tensors / MAX_TENSORS))
+            yield Kernel("norm and loss", "sum of the blocks' sums", "add_partials_kernel*", 0)
+
+    # --- optimizer.cpp ------------------------------------------------------------------------------------------------
+
+    def update(self) -> Iterator[Event]:
+        parts = self.world_size if self.stage >= 1 else 1
+        gradient = 4 if self.stage >= 2 else self.g
+        yield memset("sum of squares", 4)
+        moved = gradient * sum(self.unit_numels) / parts
+        yield from self.sum("sum of squares", "partial_sums_kernel<true>", moved, len(self.unit_sizes))
+        if self.stage >= 1:
+            yield from self.collective("all_reduce", "norm", 4)
+        yield Wait("norm")
+        yield Kernel("norm and loss", "clip factor", "clip_scale_kernel*", 0)
+        value = (
+            8 + self.x if self.has_master else 2 * self.x
+        )  # read and written; with a master copy one is only written
+        for unit, numel in enumerate(self.unit_numels):
+            yield Kernel("optimizer", "AdamW", "adamw_kernel*", numel / parts * (gradient + 16 + value))
+            if 1 <= self.stage <= 2:
+                yield from self.collective("all_gather", f"updated {unit}", self.x * self.unit_sizes[unit])
+        yield Wait(f"updated {self.last_unit}")
+
+    # --- sharding.cpp -------------------------------------------------------------------------------------------------
+
+    def place(self, unit: int) -> int:
+        return 0 if unit == 0 else 3 if unit == self.last_unit else 1 + unit % 2
+
+    def collective(self, operation: Operation, what: str, size: int) -> Iterator[Event]:
+        if self.world_size > 1:
+            yield Collective(operation, what, size)
+
+    def gather(self, unit: int) -> Iterator[Event]:
+        if self.stage == 3 and self._gathered.get(self.place(unit)) != unit:
+            self._gathered[self.place(unit)] = unit
+            yield from self.collective("all_gather", f"parameters {unit}", self.x * self.unit_sizes[unit])
+
+    def use(self, unit: int) -> Iterator[Event]:
+        yield from self.gather(unit)
+        yield Wait(f"parameters {unit}")
+
+    def open_gradients(self, unit: int) -> Iterator[Event]:
+        if self.stage >= 2:
+            yield from self.collect_gradients(self.place(unit))
+            self._reduced[self.place(unit)] = unit
+
+    def reduce_gradients(self, unit: int, last_micro_step: bool) -> Iterator[Event]:
+        if self.stage >= 2 or last_micro_step:
+            operation: Operation = "reduce_scatter" if self.stage >= 1 else "all_reduce"
+            yield from self.collective(operation, f"gradients {unit}", self.g * self.unit_sizes[unit])
+
+    def collect_gradients(self, place: int) -> Iterator[Event]:
+        unit = self._reduced.pop(place, None)
+        if unit is not None:
+            yield Wait(f"gradients {unit}")
+            moved = (8 + self.g) * self.unit_sizes[unit] / self.world_size
+            yield Kernel("sums of gradients", "sum of the shard's gradients", "accumulate_kernel*", moved)
