@@ -16,7 +16,7 @@ DTYPES_X_G = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), 
 def normal(shape: Sequence[int], dtype: torch.dtype, seed: int, scale: float = 1, offset: float = 0) -> torch.Tensor:
     """Normal values, rounded to dtype: both sides of a comparison start from the rounded values."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale + offset).to(dtype)
+    return (torch.randn(tuple(shape), generator=generator) * scale + offset).to(dtype)
 
 
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, error: torch.Tensor | float) -> None:

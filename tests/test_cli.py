@@ -54,3 +54,8 @@ def test_a_closed_standard_output(tmp_path: Path) -> None:
     code = "from llmc.cli import run; run('llmc-train', lambda argv: print('lost'), [])"
     result = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_importing_the_package_loads_nothing_slow() -> None:
+    code = "import sys, llmc; sys.exit(bool({'torch', 'numpy', 'llmc._C', 'llmc.ops'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
