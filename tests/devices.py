@@ -139,7 +139,7 @@ class Ops:
                 raise
             device.check()
             for host, on_device in moved.values():
-                host.copy_(device.to_host(on_device))
+                host.data.copy_(device.to_host(on_device))  # inputs too: autograd must not take it for a change
             return result
 
         return call

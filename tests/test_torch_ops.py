@@ -299,7 +299,7 @@ def test_statistics_have_no_gradients() -> None:
 def test_second_derivatives_are_refused() -> None:
     x = values(3, 8, seed=1).requires_grad_()
     (gradient,) = torch.autograd.grad(ops.gelu(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="gelu_backward.default but no autograd formula"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
 
 
