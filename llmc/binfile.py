@@ -4,6 +4,7 @@ Every reader goes through `read_header`, so that a missing, short, foreign or ne
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -41,20 +42,36 @@ TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.tmp")  # what atomic_write writes to: .
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise."""
+    """Open a temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise.
+
+    File and name are on the disk when it returns.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
+        sync_directory(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until names in the directory are on the disk, too."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the file system has no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def name_of_temporary(path: Path) -> str | None:
@@ -69,6 +86,11 @@ def header_bytes(slots: dict[int, int]) -> bytes:
     for slot, value in slots.items():
         header[slot] = value
     return header.tobytes()
+
+
+def header_slot(raw: bytes, slot: int) -> int:
+    """One int32 of the bytes of a header; 0 beyond their end."""
+    return int.from_bytes(raw[4 * slot : 4 * slot + 4], "little", signed=True)
 
 
 def write_header(file: BinaryIO, slots: dict[int, int]) -> None:

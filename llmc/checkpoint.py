@@ -4,12 +4,12 @@ A checkpoint exists if all of its files do. Whatever moment a run is killed at, 
 """
 
 import itertools
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.binfile import sync_directory
 from llmc.errors import RunError
 from llmc.state_file import read_world_size
 
@@ -71,22 +71,14 @@ class Checkpoint:
         """Delete what an earlier, incomplete write of this step by more ranks would leave behind in the new one."""
         kept = set(map(self.state, range(world_size)))
         try:
-            self.done.unlink(missing_ok=True)  # the files of the earlier one must not pass for these
+            if self.done.exists():
+                self.done.unlink()  # the files of the earlier one must not pass for these
             for path in self.states():
                 if path not in kept:
                     path.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"cannot delete what is left of the checkpoint of step {self.step}: {error}") from error
-
-
-def newest(directory: Path) -> Checkpoint | None:
-    """The complete checkpoint with the highest step."""
-    return next((found for found in reversed(find(directory)) if found.complete), None)
-
-
-def lost(directory: Path, after: int) -> list[Checkpoint]:
-    """Those after step `after` with a marker but not all of their files: no killed write leaves that."""
-    return [found for found in find(directory) if found.step > after and found.done.exists() and not found.complete]
+            reason = f"{error.filename}: {error.strerror or error}"
+            raise RunError(f"cannot delete what is left of the checkpoint of step {self.step}: {reason}") from error
 
 
 def find(directory: Path) -> list[Checkpoint]:
@@ -120,10 +112,11 @@ def mark_done(checkpoint: Checkpoint) -> None:
         raise RunError(f"cannot write {checkpoint.done}: {error.strerror or error}") from error
 
 
-def prune(directory: Path, current: int, keep: int, major_every: int) -> list[int]:
+def prune(directory: Path, current: int, keep: int, major_every: int, damaged: Container[int] = ()) -> list[int]:
     """Delete all but the `keep` newest checkpoints up to step `current`, and half-deleted older ones.
 
-    Multiples of `major_every` are major: never deleted, and not counted. keep 0 keeps all. Returns the deleted steps.
+    Multiples of `major_every` are major: never deleted, and not counted; neither are those of the steps `damaged`, but
+    they go. keep 0 keeps all. Returns the deleted steps.
     """
     if keep == 0:
         return []
@@ -132,7 +125,7 @@ def prune(directory: Path, current: int, keep: int, major_every: int) -> list[in
         for checkpoint in find(directory)
         if checkpoint.step <= current and (major_every == 0 or checkpoint.step % major_every != 0)
     ]
-    kept = {checkpoint.step for checkpoint in [c for c in minor if c.complete][-keep:]}
+    kept = {checkpoint.step for checkpoint in [c for c in minor if c.complete and c.step not in damaged][-keep:]}
     deleted = [
         checkpoint
         for checkpoint in minor
@@ -144,7 +137,8 @@ def prune(directory: Path, current: int, keep: int, major_every: int) -> list[in
         try:
             checkpoint.delete()
         except OSError as error:
-            raise RunError(f"cannot delete the checkpoint of step {checkpoint.step}: {error}") from error
+            reason = f"{error.filename}: {error.strerror or error}"
+            raise RunError(f"cannot delete the checkpoint of step {checkpoint.step}: {reason}") from error
     return [checkpoint.step for checkpoint in deleted]
 
 
@@ -168,12 +162,3 @@ def move_aside(directory: Path, others: list[str]) -> Path | None:
     except OSError as error:
         raise RunError(f"cannot move the checkpoints in {directory} aside: {error}; choose another -o") from error
     return aside
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until names in the directory are on the disk, too."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

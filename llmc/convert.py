@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc import hf, hf_hub, models
+from llmc.checksum import verify
 from llmc.errors import RunError, UsageError
 from llmc.hf_tokenizer import NoTokenizer, read_tokenizer, write_gpt2
 from llmc.model_file import FileDtype, ModelShape, described, mapped_parameters, read_model_header, save_units
@@ -76,6 +77,7 @@ def import_model(source: str, target: Path, precision: FileDtype | None) -> Iter
 def export_model(source: Path, target: Path, precision: FileDtype | None) -> Iterator[str]:
     """From a model file to a directory for Hugging Face, with GPT-2's tokenizer if the model has it."""
     shape, stored = read_model_header(source)
+    verify(source)
     dtype = precision or stored
     tokenizer = tokenizer_of(source, shape.vocab_size)
     end_of_text = tokenizer.end_of_text if tokenizer else models.END_OF_TEXT_IDS.get(shape.vocab_size)
@@ -110,6 +112,7 @@ def export_model(source: Path, target: Path, precision: FileDtype | None) -> Ite
 def change_file(source: Path, target: Path, precision: FileDtype | None, vocab_size: int | None) -> Iterator[str]:
     """From a model file to another, in another precision or with another vocabulary size."""
     shape, stored = read_model_header(source)
+    verify(source)
     dtype, V = precision or stored, vocab_size or shape.vocab_size
     if dtype == stored and shape.vocab_size == V:
         raise UsageError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.build import bytes_by_lifetime, core_config, core_options, is_file, memory_plan, model_shape, precision_of
+from llmc.checksum import verify
 from llmc.config import TrainConfig
 from llmc.config_file import read_config_file
 from llmc.data.shards import find_shards
@@ -50,6 +51,7 @@ class ModelFile:
                 f"{smaller}"
             )
         model = _C.GPT2(sizes, options)
+        verify(self.path)
         load_model(self.path, model.parameters())
         return model
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from llmc import binfile, debug_state
+from llmc.checksum import verify
 from llmc.data import eval_file, shards
 from llmc.errors import RunError
 from llmc.model_file import VERSIONS, ModelShape, read_model_header
@@ -70,6 +71,7 @@ def inspect_model(path: Path, options: Options) -> Iterator[str]:
     yield f"parameters: {shape.num_parameters}"
     yield from statistics_table(tensors)
     yield COMPLETE
+    yield from checksum_check(path)
     yield from finite_checks(tensors)
     yield padding_check(tensors["wte"], shape)
 
@@ -144,6 +146,7 @@ def inspect_state(path: Path, options: Options) -> Iterator[str]:
     yield from fields({"loss_window": len(state.loss_window), "norm_window": len(state.norm_window)})
     yield from statistics_table(arrays)
     yield COMPLETE
+    yield from checksum_check(path)
     yield from finite_checks(arrays)
     negative = count(arrays["v"], lambda piece: piece < 0)
     yield check(negative == 0, "no value of v is negative", f"v, a mean of squares, has {negative} negative values")
@@ -207,6 +210,15 @@ INSPECTORS: dict[int, Callable[[Path, Options], Iterator[str]]] = {
 
 PROBLEM = "problem: "
 COMPLETE = "ok: header, contents and file size agree"
+
+
+def checksum_check(path: Path) -> Iterator[str]:
+    """Nothing for a file without one, such as llm.c's."""
+    try:
+        if verify(path):
+            yield "ok: the checksum is right"
+    except RunError as error:
+        yield f"problem: {error}"
 
 
 def title(path: Path, magic: int, version: int) -> Iterator[str]:

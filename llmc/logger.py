@@ -1,10 +1,11 @@
 """Everything the trainer prints for people and writes for tools: llm.c's table, its lines and its main.log."""
 
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,14 +76,19 @@ class Tracker(Protocol):
 class Logger:
     """Prints the lines of a run and appends their short form to main.log in `output_dir` (None: prints only).
 
-    Empties main.log first unless `append`. `tracker` gets all values, too. Raises RunError when it cannot be written.
+    Empties main.log first unless `append`. `tracker` gets all values, too. RunError when the log cannot be opened.
     """
 
     def __init__(self, output_dir: Path | None, append: bool = False, tracker: Tracker | None = None) -> None:
-        self.path = output_dir / LOG if output_dir else None
+        self.file = LogFile(output_dir / LOG, "-o") if output_dir else None
         self.tracker = tracker
-        if self.path is not None:
-            open_log(self.path, append)
+        if self.file is not None:
+            open_log(self.file.path, append)
+
+    def close(self) -> None:
+        """RunError if there are lines that could not be written."""
+        if self.file is not None:
+            self.file.close()
 
     def validation(self, step: int, loss: float) -> None:
         """Report the mean loss over the validation batches before the 0-based `step`."""
@@ -109,8 +115,8 @@ class Logger:
         self._log(report.step, line, values)
 
     def _log(self, step: int, line: str, values: Mapping[str, float | None]) -> None:
-        if self.path is not None:
-            append_text(self.path, f"s:{step} {line}\n", "-o")
+        if self.file is not None:
+            self.file.append(f"s:{step} {line}\n")
         if self.tracker is not None:
             self.tracker.log(step, values)
 
@@ -125,10 +131,48 @@ def open_log(path: Path, append: bool) -> None:
             pass
 
 
-def append_text(path: Path, text: str, flag: str) -> None:
-    """Open, write, close: the file is complete at any moment, however the run ends."""
-    with reported(path, flag), open(path, "a") as file:
-        file.write(text)
+class LogFile:
+    """Lines appended to a file, which is complete at any moment, however the run ends.
+
+    What a full disk or the like refuses is said once, waits in memory, and comes with the next line that can be
+    written. `flag` chooses the file.
+    """
+
+    def __init__(self, path: Path, flag: str) -> None:
+        self.path, self.flag = path, flag
+        self.waiting = ""
+
+    def append(self, text: str) -> None:
+        text = self.waiting + text
+        try:
+            self._write(text.encode())
+        except OSError as error:
+            if not self.waiting:
+                print(f"WARNING: cannot write {self.path}: {error.strerror or error}; its lines wait", flush=True)
+            self.waiting = text
+        else:
+            if self.waiting:
+                print(f"{self.path} can be written again", flush=True)
+            self.waiting = ""
+
+    def close(self) -> None:
+        """RunError if lines are still waiting."""
+        if self.waiting:
+            with reported(self.path, self.flag):
+                self._write(self.waiting.encode())
+            self.waiting = ""
+
+    def _write(self, data: bytes) -> None:
+        """All of it or nothing."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from llmc.binfile import (
     read_header,
     write_header,
 )
+from llmc.checksum import seal
 from llmc.errors import RunError
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def save_units(
                     write_array(file, parameter.detach().to(torch.bfloat16).view(torch.int16), torch.int16)
         if places:
             raise ValueError(f"{', '.join(places)} of a model file of {shape} did not come")
+        seal(file)
 
 
 def write_array(file: BinaryIO, tensor: "torch.Tensor", dtype: "torch.dtype") -> None:

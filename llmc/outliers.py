@@ -14,7 +14,11 @@ class OutlierDetector:
     """Z-scores over a sliding window of 128 values, the newest one included (so |z| is MAX_Z at most)."""
 
     def __init__(self, window: Iterable[float] = ()) -> None:
-        self.window: deque[float] = deque(window, maxlen=WINDOW)  # oldest first
+        self.restore(window)
+
+    def restore(self, window: Iterable[float]) -> None:
+        """Go on with these values, oldest first."""
+        self.window: deque[float] = deque(window, maxlen=WINDOW)
 
     def update(self, value: float) -> float:
         """Take in `value` and return its z-score: NaN until 128 earlier values are there, 0 if all are equal."""

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc import models, snapshot
+from llmc import models
 from llmc.build import (
     Buffer,
     core_config,
@@ -15,7 +15,8 @@ from llmc.build import (
     precision_of,
     total_bytes,
 )
-from llmc.checkpoint import Checkpoint, files, lost, newest
+from llmc.checkpoint import Checkpoint, files
+from llmc.checksum import verify
 from llmc.config import TrainConfig
 from llmc.data.eval_file import Example
 from llmc.data.loader import DataLoader
@@ -23,12 +24,13 @@ from llmc.data.shards import find_shards
 from llmc.device import Device, choose_device, communicator
 from llmc.errors import RunError, UsageError
 from llmc.hellaswag import load_examples
-from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header
+from llmc.model_file import FileDtype, ModelShape, load_model
 from llmc.outliers import OutlierDetector
 from llmc.output_dir import check_output_dir
 from llmc.ranks import Ranks
 from llmc.resharding import parameter_parts
 from llmc.schedule import Schedule
+from llmc.snapshot import PassedOver, check_master, newest_good, restore
 from llmc.state_file import TrainState
 from llmc.telemetry import Telemetry
 from llmc.tokenizer import Tokenizer, dataset_tokenizer, working_directory_tokenizer
@@ -59,7 +61,7 @@ class Run:
     loss_outliers: OutlierDetector
     norm_outliers: OutlierDetector
     resumed: TrainState | None  # what the run goes on from
-    passed_over: list[Checkpoint]  # newer than that, but files of theirs are missing
+    passed_over: list[PassedOver]  # checkpoints newer than that, missing files or damaged
     device: Device
     telemetry: Telemetry | None  # the device's sensors, if they are to be logged
     peak_flops: float | None  # of the device, per second; None if that is not known
@@ -99,11 +101,11 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else tokenizers[0] or tokenizers[1]
     vocab_size = tokenizer.vocab_size if tokenizer else None
     check_not_in_output_dir(config)
-    checkpoint, passed_over = resume_point(Path(config.output_dir)) if config.resume else (None, [])
+    stored, passed_over = newest_good(Path(config.output_dir), ranks) if config.resume else (None, [])
     stored_as: FileDtype | None
-    if checkpoint:
-        shape, stored_as = read_model_header(checkpoint.model)
-        check_same_model(config, checkpoint, shape, vocab_size)
+    if stored:
+        shape, stored_as = stored.shape, stored.precision
+        check_same_model(config, stored.checkpoint, shape, vocab_size)
     else:
         shape, stored_as = model_shape(config, vocab_size)
     precision = precision_of(config, device.is_cuda, stored_as)
@@ -135,15 +137,15 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     schedule = Schedule(
         config.scheduler, config.learning_rate, config.warmup_steps, num_steps, config.final_lr_fraction
     )
-    states = snapshot.read(checkpoint, shape, config, precision) if checkpoint else []
-    state = states[0] if states else None
-    if checkpoint and state:
-        if state.step > num_steps:
+    state = stored.states[0] if stored else None
+    if stored:
+        check_master(stored, config, precision)
+        if stored.step > num_steps:
             raise UsageError(
-                f"-x: the newest checkpoint in -o {config.output_dir} is at step {state.step}, the run would end at "
+                f"-x: the newest checkpoint in -o {config.output_dir} is at step {stored.step}, the run would end at "
                 f"step {num_steps}: raise -x, or begin a new run with another -o"
             )
-        train_loader.load_states([s.loader for s in states], [str(checkpoint.state(s.rank)) for s in states])
+        train_loader.load_states([state.loader for state in stored.states], stored.paths)
     check_output_dir(config.output_dir)
 
     sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision, device)
@@ -152,10 +154,13 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     # The ranks may see different files.
     ranks.agree("tokens in the training data", train_loader.num_tokens)
     ranks.agree("the number of examples for -h", len(hellaswag_examples))
-    ranks.agree("step to go on from", state.step if state else 0)
+    if not stored and is_file(config.model):
+        problem = ranks.problem_of_rank_0("the file of -e", verify, config.model)
+        if problem:
+            raise RunError(f"-e {problem}")
     model = _C.GPT2(sizes, options, communicator(ranks, device))
-    if checkpoint:
-        snapshot.restore(checkpoint, states, shape, model)
+    if stored:
+        restore(stored, model)
     elif is_file(config.model):
         load_model(config.model, model.parameters(), parameter_parts(model))
     else:
@@ -214,16 +219,6 @@ def telemetry_of(config: TrainConfig, device: Device) -> Telemetry | None:
     if not device.is_cuda:
         raise UsageError(f"-lg {config.log_gpu_every} needs a GPU, this run is on the CPU: drop it")
     return Telemetry(device.pci_bus_id)
-
-
-def resume_point(directory: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    """The checkpoint to go on from, and the newer ones that are lost. RunError if all are: their owner should know."""
-    checkpoint = newest(directory)
-    gone = lost(directory, checkpoint.step if checkpoint else -1)
-    if gone and not checkpoint:
-        missing = next(gone[0].missing())
-        raise RunError(f"{gone[0].done} is there, but {missing} is not: put the file back, or begin anew with -y 0")
-    return checkpoint, gone
 
 
 def check_not_in_output_dir(config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,20 @@ class Ranks:
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise RunError(f"the ranks do not agree on {what}: {values[0]} on rank 0, {other} on rank {rank}")
+
+    def first_problem(self, problem: str, what: str) -> str:
+        """That of the lowest rank that has one, on all ranks; '' if none has."""
+        return next((str(found) for found in self.gather(problem, what) if found), "")
+
+    def problem_of_rank_0(self, what: str, function: Callable[..., Any], *arguments: Any) -> str:
+        """Only rank 0 calls it; the text of its RunError, on all ranks, or ''."""
+        problem = ""
+        if self.rank == 0:
+            try:
+                function(*arguments)
+            except RunError as error:
+                problem = str(error)
+        return self.first_problem(problem, what)
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """The JSON-able values of all ranks, on each of them.

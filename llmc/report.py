@@ -75,8 +75,8 @@ def batch_report(run: Run) -> str:
         )
     if run.resumed and run.resumed.has_master and run.precision == "bf16" and not config.master_weights:
         lines += warning("-w 0: the master weights of the checkpoint are left aside")
-    for checkpoint in run.passed_over:
-        lines += warning(f"passing over {checkpoint.done}: not all of its files are there")
+    for passed in run.passed_over:
+        lines += warning(f"passing over {passed.checkpoint.done}: {passed.problem}")
     if config.resume:
         lines.append(
             f"resuming at step {run.start_step}" if run.resumed else f"no checkpoint in {config.output_dir}: a new run"

@@ -1,13 +1,17 @@
 """The state of a run, to and from the files of a checkpoint. All ranks of the run take part."""
 
+import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.checkpoint import Checkpoint, mark_done
+from llmc.checkpoint import Checkpoint, find, mark_done
+from llmc.checksum import verify
 from llmc.config import TrainConfig
 from llmc.data.loader import DataLoader
 from llmc.errors import RunError
-from llmc.model_file import FileDtype, ModelShape, load_model, read_model_step, save_units
+from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header, read_model_step, save_units
 from llmc.outliers import OutlierDetector
 from llmc.ranks import Ranks
 from llmc.resharding import (
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmc import _C
+    from llmc.prepare import Run
 
 BACK = "put the right file back"
 
@@ -39,22 +44,62 @@ def save(
     loss_outliers: OutlierDetector,
     norm_outliers: OutlierDetector,
     ranks: Ranks,
-) -> None:
-    """Write all files of a checkpoint and, when they are on the disk, its marker."""
+    read_back: bool = False,
+) -> str:
+    """Write all files of a checkpoint and, when they are on the disk, its marker.
+
+    read_back: only when what is on the disk has been compared with its checksum. Returns '', or on all ranks the reason
+    why there is no such checkpoint now, not even half of one.
+    """
     what = f"the checkpoint of step {checkpoint.step}"
     if ranks.rank == 0:
-        checkpoint.make_way(ranks.size)
         print(f"Writing checkpoint at step {checkpoint.step}\nWriting model to {checkpoint.model}", flush=True)
-    ranks.barrier(f"the place for {what}")
+    if problem := ranks.problem_of_rank_0(f"the place for {what}", checkpoint.make_way, ranks.size):
+        return problem
     model.start_optimizer()  # there may have been no update yet
+    try:
+        problem = ""
+        write_model(checkpoint, shape, precision, model, ranks)
+        if ranks.rank == 0:
+            for rank in range(ranks.size):
+                print(f"Writing state to {checkpoint.state(rank)}", flush=True)
+        write_own_state(checkpoint, shape, precision, model, loader, loss_outliers, norm_outliers, ranks)
+        if read_back:
+            for path in [checkpoint.state(ranks.rank), *([checkpoint.model] if ranks.rank == 0 else [])]:
+                verify(path, past_cache=True)
+    except RunError as error:
+        problem = str(error)
+    problem = ranks.first_problem(problem, what)
+    problem = problem or ranks.problem_of_rank_0(f"the end of {what}", mark_done, checkpoint)
+    if problem and ranks.rank == 0:
+        with contextlib.suppress(OSError):
+            checkpoint.delete()
+    return problem
+
+
+def write_model(
+    checkpoint: Checkpoint, shape: ModelShape, precision: FileDtype, model: "_C.GPT2", ranks: Ranks
+) -> None:
+    """Rank 0's part; the others give theirs."""
     units = (model.gather_parameters(unit) for unit in range(shape.num_layers + 2))
-    if ranks.rank == 0:
-        save_units(checkpoint.model, shape, precision, units, checkpoint.step)
-        for rank in range(ranks.size):
-            print(f"Writing state to {checkpoint.state(rank)}", flush=True)
-    else:
-        for _ in units:  # rank 0 needs this rank's part
+    try:
+        if ranks.rank == 0:
+            save_units(checkpoint.model, shape, precision, units, checkpoint.step)
+    finally:
+        for _ in units:  # rank 0 needs this rank's part, and, if it cannot write, the others need it to go on
             pass
+
+
+def write_own_state(
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    precision: FileDtype,
+    model: "_C.GPT2",
+    loader: DataLoader,
+    loss_outliers: OutlierDetector,
+    norm_outliers: OutlierDetector,
+    ranks: Ranks,
+) -> None:
     # fp32 parameters are their own master copy, and stand in the file as such.
     has_master = precision == "fp32" or model.options.master_weights
     sources = {"m": "m", "v": "v"}
@@ -78,10 +123,6 @@ def save(
     )
     arrays = {name: list(pieces(model, shape, source)) for name, source in sources.items()}
     write_state(checkpoint.state(ranks.rank), state, arrays)
-    ranks.barrier(what)
-    if ranks.rank == 0:
-        mark_done(checkpoint)
-    ranks.barrier(f"the end of {what}")  # only now it is there for all of them
 
 
 def pieces(model: "_C.GPT2", shape: ModelShape, name: str) -> "Iterator[torch.Tensor]":
@@ -98,8 +139,69 @@ def pieces(model: "_C.GPT2", shape: ModelShape, name: str) -> "Iterator[torch.Te
         yield buffer[begin : begin + size // P]
 
 
-def read(checkpoint: Checkpoint, shape: ModelShape, config: TrainConfig, precision: FileDtype) -> list[TrainState]:
-    """All but the large arrays, of each rank that wrote it. RunError unless this run can go on from it."""
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint and all that its files say but the large arrays."""
+
+    checkpoint: Checkpoint
+    shape: ModelShape
+    precision: FileDtype  # of the model file
+    states: list[TrainState]  # of each rank that wrote it
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the states."""
+        return [str(self.checkpoint.state(state.rank)) for state in self.states]
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A checkpoint that cannot be gone on from."""
+
+    checkpoint: Checkpoint
+    problem: str
+
+
+def newest_good(directory: Path, ranks: Ranks) -> tuple[Stored | None, list[PassedOver]]:
+    """The newest checkpoint whose files are all there and as they were written, and the newer ones, newest first.
+
+    The same on all ranks. RunError if there are some and none is good: their owner should know.
+    """
+    steps = ranks.broadcast([found.step for found in find(directory) if found.done.exists()], "the checkpoints in -o")
+    passed_over: list[PassedOver] = []
+    for step in reversed(steps):
+        checkpoint = Checkpoint(directory, step)
+        stored, problem = None, ""
+        try:
+            stored = read(checkpoint)
+            paths = [checkpoint.model, *(checkpoint.state(rank) for rank in range(len(stored.states)))]
+            for path in paths[ranks.rank :: ranks.size]:  # the ranks share this work
+                verify(path)
+        except (RunError, OSError) as error:
+            problem = str(error)
+        problem = ranks.first_problem(problem, f"the state of the checkpoint of step {step}")
+        if not problem:
+            return stored, passed_over
+        passed_over.append(PassedOver(checkpoint, problem))
+    if passed_over:
+        first = passed_over[0]
+        raise RunError(
+            f"{first.checkpoint.done} is there, but {first.problem}, and no older checkpoint is good: "
+            f"{BACK}, or begin anew with -y 0"
+        )
+    return None, []
+
+
+def read(checkpoint: Checkpoint) -> Stored:
+    """What the files say, without the checksums. RunError unless they are there and belong together."""
+    missing = next(checkpoint.missing(), None)
+    if missing:
+        raise RunError(f"{missing} is not there")
+    shape, precision = read_model_header(checkpoint.model)
     paths = [checkpoint.state(rank) for rank in range(checkpoint.world_size)]
     states = [read_state(path, shape.num_parameters) for path in paths]
     for file, step in (
@@ -107,38 +209,57 @@ def read(checkpoint: Checkpoint, shape: ModelShape, config: TrainConfig, precisi
         *zip(paths, (state.step for state in states), strict=True),
     ):
         if step not in (None, checkpoint.step):
-            raise RunError(f"{file} is of step {step}, not of {checkpoint.step} as its name says: {BACK}")
+            raise RunError(f"{file} is of step {step}, not of {checkpoint.step} as its name says")
     first = states[0]
     for rank, (path, state) in enumerate(zip(paths, states, strict=True)):
         if (state.rank, state.world_size) != (rank, len(paths)):
-            raise RunError(
-                f"{path} is of rank {state.rank} of {state.world_size}, not of {rank} of {len(paths)}: {BACK}"
-            )
+            raise RunError(f"{path} is of rank {state.rank} of {state.world_size}, not of {rank} of {len(paths)}")
         for name in ("version", "zero_stage", "has_master", "array_size"):
             value, expected = getattr(state, name), getattr(first, name)
             if value != expected:
-                raise RunError(f"{path} and {paths[0]} are of different runs: {name} is {value} and {expected}: {BACK}")
+                raise RunError(f"{path} and {paths[0]} are of different runs: {name} is {value} and {expected}")
     if first.version == 2:
         size = array_size(model_units(shape, len(paths)), len(paths))
         if first.array_size != size:
             raise RunError(
                 f"{paths[0]} is damaged: its arrays have {first.array_size} values, this model's have {size}"
             )
-    if not first.has_master and (precision == "fp32" or config.master_weights):
+    return Stored(checkpoint, shape, precision, states)
+
+
+def check_master(stored: Stored, config: TrainConfig, precision: FileDtype) -> None:
+    """RunError if a run in that precision needs master weights that are not there."""
+    if not stored.states[0].has_master and (precision == "fp32" or config.master_weights):
         raise RunError(
-            f"{paths[0]} has no master weights: go on with --precision bf16 -w 0, "
-            f"or begin a new run from its weights with -e {checkpoint.model} and another -o"
+            f"{stored.paths[0]} has no master weights: go on with --precision bf16 -w 0, "
+            f"or begin a new run from its weights with -e {stored.checkpoint.model} and another -o"
         )
-    return states
 
 
-def restore(checkpoint: Checkpoint, states: list[TrainState], shape: ModelShape, model: "_C.GPT2") -> None:
+def roll_back(run: "Run", directory: Path) -> int:
+    """Make a run in progress what it was at its newest good checkpoint; the step to go on with.
+
+    Model, optimizer, random numbers, data and outlier windows. RunError on all ranks if there is none.
+    """
+    stored, _ = newest_good(directory, run.ranks)
+    if stored is None:
+        raise RunError(f"there is no checkpoint in {directory} to go back to")
+    restore(stored, run.model)
+    state = stored.states[0]
+    run.train_loader.load_states([state.loader for state in stored.states], stored.paths)
+    run.loss_outliers.restore(state.loss_window)
+    run.norm_outliers.restore(state.norm_window)
+    return stored.step
+
+
+def restore(stored: Stored, model: "_C.GPT2") -> None:
     """Make `model` the one that was saved, parameters rounded as they were.
 
     It may have another number of ranks, ZeRO stage and precision: each rank reads what it owns.
     """
     import torch
 
+    checkpoint, states, shape = stored.checkpoint, stored.states, stored.shape
     model.start_optimizer()
     stage, precision = model.options.zero_stage, model.options.precision
     whole = whole_tensors(shape)

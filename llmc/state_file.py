@@ -20,6 +20,7 @@ import numpy as np
 
 from llmc import json_text
 from llmc.binfile import HEADER_BYTES, MAGIC_STATE, atomic_write, read_header, write_header
+from llmc.checksum import seal
 from llmc.data.consumed import Consumed
 from llmc.data.loader import LoaderState
 from llmc.errors import RunError
@@ -104,6 +105,7 @@ def write_state(path: PathLike, state: TrainState, arrays: Mapping[str, list["to
             left = TWISTER_SIZE + 1 - loader.position
             file.write(TWISTER.pack(0, left, loader.position, *loader.generator.tolist(), *TWISTER_CONSTANTS))
         file.write(struct.pack("<iQ", TRAILER_MAGIC, len(trailer)) + trailer)
+        seal(file)
 
 
 def read_state(path: PathLike, num_parameters: int | None = None) -> TrainState:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from llmc.binfile import atomic_write
 from llmc.config import TrainConfig
 from llmc.errors import RunError
-from llmc.logger import append_text
+from llmc.logger import LogFile
 from llmc.main_log import JSON_LOG, complete_lines, read_json_log, read_record
 from llmc.output_dir import CONFIG, LOG
 
@@ -122,7 +122,7 @@ class JsonLog:
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
-        self.path = path
+        self.file = LogFile(path, "--json-log")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size > 0:
@@ -136,10 +136,11 @@ class JsonLog:
             ) from error
 
     def log(self, step: int, values: Values) -> None:
-        append_text(self.path, json.dumps({"step": step, **values}) + "\n", "--json-log")
+        self.file.append(json.dumps({"step": step, **values}) + "\n")
 
     def close(self, failed: bool) -> None:
-        pass  # it is complete at any moment
+        if not failed:  # or there is a reason already
+            self.file.close()
 
 
 def move_aside(path: Path) -> None:

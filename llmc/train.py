@@ -5,8 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc import snapshot
-from llmc.checkpoint import Checkpoint, prune
+from llmc.checkpoint_writer import CheckpointWriter
 from llmc.config import TrainConfig
 from llmc.errors import RunError
 from llmc.hellaswag import count_correct
@@ -38,6 +37,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
 def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
     """From the first step of the run to its end."""
     config, ranks = run.config, run.ranks
+    checkpoints = CheckpointWriter(run, output_dir) if output_dir and config.checkpoint_every > 0 else None
     progress = Progress()
     throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops, ranks.size)
 
@@ -51,8 +51,8 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
         takes_part = ranks.rank == 0 or run.model.options.zero_stage == 3  # where no rank has all the weights
         if takes_part and config.sample_every > 0 and (last or due(step, config.sample_every)):
             print_sample(run.model, config.sample_length, run.start_token, run.tokenizer)
-        if output_dir and config.checkpoint_every > 0 and (last or due(step, config.checkpoint_every)):
-            write_checkpoint(run, output_dir, step)
+        if checkpoints and (last or due(step, config.checkpoint_every)):
+            checkpoints.write(step)
         if last:
             break
 
@@ -91,6 +91,9 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
 
     if throughput.steps > 0:
         print(f"total average iteration time: {throughput.average_ms():f} ms")
+    if checkpoints:
+        checkpoints.finish()
+    logger.close()
 
 
 def due(step: int, every: int, also_at_0: bool = False) -> bool:
@@ -128,28 +131,6 @@ def update(run: Run, step: int, learning_rate: float, progress: Progress) -> Ste
                 return result
     run.model.update(learning_rate, config.weight_decay, step + 1)
     return result or measure(run)
-
-
-def write_checkpoint(run: Run, directory: Path, step: int) -> None:
-    """Save the run as it is before `step`, then delete what -nk does not keep."""
-    config = run.config
-    if run.resumed and step == run.resumed.step:
-        return  # it came from there
-    checkpoint = Checkpoint(directory, step)
-    snapshot.save(
-        checkpoint,
-        run.shape,
-        run.precision,
-        run.model,
-        run.train_loader,
-        run.loss_outliers,
-        run.norm_outliers,
-        run.ranks,
-    )
-    if run.ranks.rank > 0:
-        return
-    for deleted in prune(directory, step, config.keep_checkpoints, config.major_every):
-        print(f"Deleting checkpoint at step {deleted}")
 
 
 def validate(run: Run, step: int, progress: Progress) -> float:

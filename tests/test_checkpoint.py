@@ -15,7 +15,7 @@ import torch
 
 from llmc import binfile, snapshot
 from llmc.binfile import MAGIC_STATE, header_bytes
-from llmc.checkpoint import Checkpoint, find, lost, mark_done, move_aside, newest, prune
+from llmc.checkpoint import Checkpoint, find, mark_done, move_aside, prune
 from llmc.data.loader import LoaderState
 from llmc.errors import RunError
 from llmc.model_file import ModelShape, read_model_header, read_model_step
@@ -31,6 +31,11 @@ def make(directory, *steps, without=(), ranks=1):
         for name in (f"model_{step:08d}.bin", f"DONE_{step:08d}", *states):
             if not name.startswith(tuple(without)):
                 (directory / name).write_bytes(header_bytes({0: MAGIC_STATE, 1: 1, 2: ranks, 10: step}))
+
+
+def newest(directory):
+    """The complete one with the highest step; what llmc-train takes for it is in test_resume.py."""
+    return next((found for found in reversed(find(directory)) if found.complete), None)
 
 
 def names(directory):
@@ -77,7 +82,7 @@ def test_complete_with_the_states_of_all_ranks(tmp_path):
         found.state(rank).unlink()
         assert newest(tmp_path).step == 10
         assert next(found.missing()) == found.state(rank)
-        assert lost(tmp_path, 10) == [found]
+        assert found.done.exists() and not found.complete
         found.state(rank).write_bytes(raw)
         assert newest(tmp_path) == found
     found.state(3).write_bytes(b"of an earlier write by more ranks")
@@ -86,7 +91,7 @@ def test_complete_with_the_states_of_all_ranks(tmp_path):
 
 @pytest.mark.parametrize("header", [b"", b"damaged", header_bytes({0: MAGIC_STATE, 1: 1, 2: -5})])
 def test_a_damaged_state_file_is_there(tmp_path, header):
-    """Reading it tells what is wrong; passing it over would hide that."""
+    """Reading it tells what is wrong."""
     make(tmp_path, 10, 20)
     Checkpoint(tmp_path, 20).state(0).write_bytes(header)
     assert newest(tmp_path).step == 20
@@ -114,7 +119,7 @@ def test_make_way(tmp_path):
 def test_make_way_is_refused(tmp_path, monkeypatch):
     make(tmp_path, 20)
 
-    def failing(self, missing_ok):
+    def failing(self, missing_ok=False):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr("pathlib.Path.unlink", failing)
@@ -144,6 +149,13 @@ def test_prune(tmp_path, keep, major, current, left):
     assert steps(tmp_path) == left
     assert deleted == [step for step in (10, 20, 30, 40, 50) if step not in left]
     assert len(names(tmp_path)) == 3 * len(left) + 1
+
+
+def test_damaged_ones_do_not_count(tmp_path):
+    """With -nk 2, what a resume has passed over must not push the last good one out."""
+    make(tmp_path, 10, 20, 30, 40)
+    assert prune(tmp_path, 40, 2, 0, {20, 30}) == [20, 30]
+    assert steps(tmp_path) == [10, 40]
 
 
 def test_the_marker_is_deleted_first(tmp_path, monkeypatch):
@@ -270,22 +282,23 @@ class Loader:
 
 
 def save(directory, step, size=1):
-    """As a run with -nk 1 does; of several ranks one after the other, rank 0 between the others' barriers."""
+    """As a run with -nk 1 does; of several ranks one after the other, rank 0 between what the others agree on."""
     outliers = OutlierDetector([step / 3]), OutlierDetector([step / 7])
 
     class InTurn(Ranks):
-        def barrier(self, what):
+        def gather(self, value, what):
             if self.rank == 0 and what == f"the checkpoint of step {step}":
                 for rank in range(1, size):
-                    snapshot.save(*arguments, OneOf(rank, size))
+                    assert snapshot.save(*arguments, OneOf(rank, size), read_back=True) == ""
+            return [value]
 
     class OneOf(Ranks):
-        def barrier(self, what):
-            pass
+        def gather(self, value, what):
+            return [value]
 
     arguments = Checkpoint(directory, step), SHAPE, "bf16", Model(step), Loader(), *outliers
     with contextlib.redirect_stdout(None):
-        snapshot.save(*arguments, InTurn(0, size))
+        assert snapshot.save(*arguments, InTurn(0, size), read_back=True) == ""
     prune(directory, step, 1, 0)
 
 

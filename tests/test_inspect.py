@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from llmc import inspect_file
+from llmc.binfile import atomic_write
+from llmc.checksum import seal
 from llmc.cli import run
 from llmc.cli.data import _main
 
@@ -399,6 +401,20 @@ def test_state(inspect) -> None:
     }
     title = [f"file: s.bin ({len(raw)} bytes)", "kind: training state, version 2"]
     assert lines == [*title, *STATE_LINES, *table(rows), *STATE_CHECKS]
+
+
+@pytest.mark.parametrize("raw", [model_bytes(tensors()), state_bytes([-3, 4], [0, 2], [1, 1])], ids=["model", "state"])
+def test_checksum(inspect, raw) -> None:
+    with atomic_write("a.bin") as file:
+        file.write(raw)
+        seal(file)
+    status, lines, _ = inspect("a.bin")
+    assert status == 0 and lines[lines.index(COMPLETE) + 1] == "ok: the checksum is right"
+    damaged = bytearray(Path("a.bin").read_bytes())
+    damaged[1030] ^= 1
+    Path("a.bin").write_bytes(damaged)
+    status, lines, _ = inspect("a.bin")
+    assert status == 1 and lines[lines.index(COMPLETE) + 1].startswith("problem: a.bin is damaged: its checksum is ")
 
 
 def test_state_with_problems(inspect) -> None:

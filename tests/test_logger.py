@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import resource
 
 import pytest
 
@@ -139,6 +140,42 @@ def test_unusable_log(tmp_path):
     (tmp_path / "main.log").mkdir()
     with pytest.raises(RunError, match=r"cannot write .*main\.log: Is a directory"):
         Logger(tmp_path)
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """Of a limit on the size of files, which cuts a line in the middle: no line is lost, or there in part."""
+    logger = Logger(tmp_path)
+    logger.validation(0, 1.0)
+    capsys.readouterr()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, old[1]))
+    try:
+        for step in (1, 2):
+            logger.validation(step, 1.0)
+            assert (tmp_path / "main.log").read_text() == "s:0 tel:1.0000\n"
+        with pytest.raises(
+            RunError, match=r"cannot write .*main\.log: File too large; choose another directory with -o"
+        ):
+            logger.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    out = capsys.readouterr().out
+    assert out.count("WARNING: cannot write") == 1 and f"{tmp_path}/main.log: File too large; its lines wait\n" in out
+    logger.validation(3, 1.0)
+    assert (tmp_path / "main.log").read_text() == "".join(f"s:{step} tel:1.0000\n" for step in range(4))
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/main.log can be written again\n")
+    logger.close()
+
+
+def test_a_vanished_directory(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    logger = Logger(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    logger.validation(0, 1.0)
+    assert "main.log: No such file or directory; its lines wait\n" in capsys.readouterr().out
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
+    logger.close()
+    assert (tmp_path / "out" / "main.log").read_text() == "s:0 tel:1.0000\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

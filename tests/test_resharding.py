@@ -210,15 +210,18 @@ def save_on(ranks: Ranks, directory, stage: int, precision: str, master_weights:
     fill(model, ranks)
     loader = SimpleNamespace(state=lambda: LOADER)
     outliers = OutlierDetector([1.0]), OutlierDetector([2.0])
-    snapshot.save(Checkpoint(directory, 20), SHAPE, precision, model, loader, *outliers, ranks)
+    arguments = Checkpoint(directory, 20), SHAPE, precision, model, loader, *outliers, ranks
+    assert snapshot.save(*arguments, read_back=True) == ""
     return collect(model, ranks)
 
 
 def restore_on(ranks: Ranks, directory, stage: int, precision: str, master_weights: bool = True):
     model = build(ranks, stage, precision, master_weights)
     checkpoint = Checkpoint(directory, 20)
-    states = snapshot.read(checkpoint, SHAPE, TrainConfig(master_weights=master_weights), precision)
-    snapshot.restore(checkpoint, states, SHAPE, model)
+    stored = snapshot.read(checkpoint)
+    assert stored.shape == SHAPE
+    snapshot.check_master(stored, TrainConfig(master_weights=master_weights), precision)
+    snapshot.restore(stored, model)
     assert (model.rng_state, model.last_update_rng_state) == (77, 78)
     return collect(model, ranks)
 
@@ -312,23 +315,21 @@ def test_files_that_do_not_belong_together(tmp_path) -> None:
 
     def refused(message: str) -> None:
         with pytest.raises(RunError) as caught:
-            snapshot.read(here, SHAPE, TrainConfig(), "fp32")
+            snapshot.read(here)
         assert str(caught.value) == message
 
     here.state(1).write_bytes(here.state(2).read_bytes())
-    refused(f"{here.state(1)} is of rank 2 of 3, not of 1 of 3: put the right file back")
+    refused(f"{here.state(1)} is of rank 2 of 3, not of 1 of 3")
     here.state(1).write_bytes(Checkpoint(tmp_path / "b", 20).state(1).read_bytes())
-    refused(f"{here.state(1)} is of rank 1 of 2, not of 1 of 3: put the right file back")
+    refused(f"{here.state(1)} is of rank 1 of 2, not of 1 of 3")
     here.state(1).write_bytes(Checkpoint(tmp_path / "c", 20).state(1).read_bytes())
-    refused(
-        f"{here.state(1)} and {here.state(0)} are of different runs: zero_stage is 3 and 1: put the right file back"
-    )
+    refused(f"{here.state(1)} and {here.state(0)} are of different runs: zero_stage is 3 and 1")
     here.state(1).write_bytes(good[:40] + struct.pack("<i", 19) + good[44:])
-    refused(f"{here.state(1)} is of step 19, not of 20 as its name says: put the right file back")
+    refused(f"{here.state(1)} is of step 19, not of 20 as its name says")
     here.state(1).write_bytes(good[:48] + struct.pack("<q", N + 1) + good[56:])
     refused(f"{here.state(1)} is of another model: it has the state of {N + 1} parameters, the model has {N}")
     here.state(1).write_bytes(good[:5000])
     with pytest.raises(RunError, match=r"state_00000020_00001\.bin is truncated"):
-        snapshot.read(here, SHAPE, TrainConfig(), "fp32")
+        snapshot.read(here)
     here.state(1).unlink()
     assert not here.complete and list(here.missing()) == [here.state(1)]

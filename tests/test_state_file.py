@@ -137,7 +137,7 @@ def test_what_is_written(tmp_path, master, shuffle, stage, position):
     assert struct.unpack_from("<QQ", raw, 4 * 20) == (2**64 - 2, 2**63 + 5)
     assert struct.unpack_from("<QQ", raw, 4 * 30) == (1, 5)
     assert struct.unpack_from("<QQ", raw, 4 * 12) == ((N, 0) if stage == 0 else (25, N))  # ours
-    used = {0, 1, 2, 3, 4, 5, 6, 10, 12, 13, 14, 15, 20, 21, 22, 23, 30, 31, 32, 33}
+    used = {0, 1, 2, 3, 4, 5, 6, 10, 12, 13, 14, 15, 20, 21, 22, 23, 30, 31, 32, 33, 40, 41}
     assert not any(slot for i, slot in enumerate(slots) if i not in used)
     offset = 1024
     for i in range(3 if master else 2):

@@ -197,8 +197,14 @@ def test_resume_without_an_older_json_log(directory):
 def test_a_json_log_that_cannot_be_written(tmp_path):
     log = JsonLog(tmp_path / "a.jsonl", 0)
     (tmp_path / "a.jsonl").mkdir()
+    log.log(0, {"loss": 1.0})
     with pytest.raises(RunError, match=r"cannot write .*a\.jsonl: Is a directory; choose another file with --json-log"):
-        log.log(0, {"loss": 1.0})
+        log.close(failed=False)
+    log.close(failed=True)
+    (tmp_path / "a.jsonl").rmdir()
+    log.log(1, {"loss": 2.0})
+    log.close(failed=False)
+    assert (tmp_path / "a.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 2.0}\n'
 
 
 def test_only_rank_0_logs(tmp_path, monkeypatch):

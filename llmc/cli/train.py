@@ -1,11 +1,38 @@
 """llmc-train: train a model."""
 
+import errno
+import io
+import os
+import stat
+import sys
+from typing import Any
+
 from llmc.cli import run
 from llmc.command_line import parse_args
 
 
 def main() -> None:
+    outlast_full_disk()
     run("llmc-train", _main)
+
+
+class Lossy(io.FileIO):
+    """A file on a disk that may be full for a while: what does not fit is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+            return memoryview(data).nbytes
+
+
+def outlast_full_disk() -> None:
+    """Where stdout is a file, a line that cannot be written is no reason to end a long run."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode):
+        raw = io.BufferedWriter(Lossy(sys.stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, encoding=sys.stdout.encoding, errors="replace")
 
 
 def _main(argv: list[str]) -> None:

@@ -63,7 +63,12 @@ class DataLoader:
         self.num_shards = len(self.paths)
         self.shard_tokens = [self._check_size(shard) for shard in range(self.num_shards)]
         self.num_tokens = sum(self.shard_tokens)
-        self.generator = torch_mt19937(seed + rank)
+        self.seed = seed
+        self._begin()
+
+    def _begin(self) -> None:
+        """At the start of a run."""
+        self.generator = torch_mt19937(self.seed + self.rank)
         self.shard_order = np.arange(self.num_shards)
         self.epoch = -1
         self.consumed: Consumed = {}
@@ -116,8 +121,8 @@ class DataLoader:
     def load_states(self, states: Sequence[LoaderState], sources: Sequence[str]) -> None:
         """Go on where the loaders of `states`, one for each rank of an earlier run, stood together.
 
-        To the bit if this run has as many ranks and the same B and T; otherwise a loader must be new. RunError, naming
-        one of `sources`, if they read other data.
+        To the bit if this run has as many ranks and the same B and T. RunError, naming one of `sources`, if they read
+        other data.
         """
         B, T = states[0].B or self.B, states[0].T or self.T
         if (len(states), B, T) == (self.world_size, self.B, self.T):
@@ -132,6 +137,7 @@ class DataLoader:
                     f"{sources[0]} with -b {states[0].B} -t {states[0].T}: put the right file back"
                 )
             self._check_position(state, source, samples)
+        self._begin()
         if self.shuffle:
             self.epoch = min(state.epoch for state in states)
             self.consumed = consumed_by(states, n, samples)
