@@ -204,13 +204,19 @@ class GPT2:
         eps: float = 1e-8,
         grad_clip: float = 1.0,
     ) -> None:
-        """Clip the gradient norm and do one AdamW step; step counts from 1."""
+        """Clip the gradient norm and do one AdamW step; step counts from 1.
+
+        With a loss or norm that is not finite nothing changes.
+        """
 
     def loss(self) -> float:
         """Mean loss over the micro-steps (and ranks) of the last complete backward."""
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last complete backward, before clipping."""
+
+    def parameters_finite(self) -> bool:
+        """Whether all parameters that the last update wrote, on any rank, are finite."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb.
@@ -347,8 +353,11 @@ class ops:
         seed: int = 0,
         layer: int = 0,
         first: int = 0,
-    ) -> None:
-        """One AdamW step of one tensor; bf16 parameters are rounded stochastically"""
+    ) -> bool:
+        """One AdamW step of one tensor; bf16 parameters are rounded stochastically.
+
+        With a grad_scale of NaN nothing changes. Whether all that was written to param is finite.
+        """
 
     @staticmethod
     def round_parameters(param: Tensor, master: Tensor, seed: int = 0, layer: int = 0, first: int = 0) -> None:
@@ -359,8 +368,8 @@ class ops:
         """Sum of squares over a list of tensors"""
 
     @staticmethod
-    def clip_scale(sum: float, max_norm: float, device: str = "cpu") -> tuple[float, float]:
-        """(norm, scale) of a sum of squares"""
+    def clip_scale(sum: float, loss: float, max_norm: float, device: str = "cpu") -> tuple[float, float]:
+        """(norm, scale) of a sum of squares; a scale of NaN if norm or loss is not finite"""
 
     @staticmethod
     def cast(out: Tensor, x: Tensor) -> None:

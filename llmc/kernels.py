@@ -337,11 +337,14 @@ class Step:
         value = (
             8 + self.x if self.has_master else 2 * self.x
         )  # read and written; with a master copy one is only written
+        yield memset("broken parameters", 4)
         for unit, numel in enumerate(self.unit_numels):
             yield Kernel("optimizer", "AdamW", "adamw_kernel*", numel / parts * (gradient + 16 + value))
             if 1 <= self.stage <= 2:
                 yield from self.collective("all_gather", f"updated {unit}", self.x * self.unit_sizes[unit])
-        yield Wait(f"updated {self.last_unit}")
+        if self.stage >= 1:
+            yield from self.collective("all_reduce", "broken parameters", 4)
+        yield Wait("broken parameters")
 
     # --- sharding.cpp -------------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ def test_the_order_of_communication():
     config = _C.GPT2Config(**SMALL)
     step = Step(config, _C.Options(seq_len=16, zero_stage=3), world_size=2)
     names = (
-        "parameters",
+        "parameters ",
         "gradients 1",
         "gradients 2",
         "AdamW",

@@ -1,5 +1,7 @@
 """adamw against torch.optim.AdamW in float64 and against the rule of stochastic rounding."""
 
+import math
+
 import pytest
 import torch
 from devices import ops
@@ -133,6 +135,56 @@ def test_bias_correction_of_late_steps() -> None:
     m, v, param = torch.ones(1), torch.ones(1), torch.ones(1)
     ops.adamw(param, torch.ones(1), m, v, None, 0.5, 0.9, 0.95, 1e-8, 0.0, 100000, 1.0)
     assert param.item() == pytest.approx(0.5, abs=2 * F32)  # m = v = 1 up to one rounding each
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES_X_G)
+@pytest.mark.parametrize("n", SIZES)
+def test_a_scale_of_nan_changes_nothing(
+    n: int, dtype: torch.dtype, grad_dtype: torch.dtype, master_weights: bool
+) -> None:
+    """Whatever is in the gradients."""
+    param, grad = normal((n,), dtype, 1), normal((n,), grad_dtype, 2)
+    grad[n // 2] = math.inf
+    m, v = normal((n,), torch.float32, 3), normal((n,), torch.float32, 4).abs()
+    master = param.float().clone() if master_weights else None
+    before = [t.clone() for t in (param, m, v, *([master] if master is not None else []))]
+    assert ops.adamw(param, grad, m, v, master, **HYPER, weight_decay=0.1, t=2, grad_scale=math.nan, seed=7)
+    for now, then in zip((param, m, v, master), before, strict=False):
+        assert now is not None and same_bits(now, then)
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "at"), [(1, 0), (97, 96), (2049, 2048), (2049, 3), (30011, 30010), (30011, 17)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_parameter_that_is_not_finite_is_reported(
+    value: float, n: int, at: int, dtype: torch.dtype, master_weights: bool
+) -> None:
+    def update(broken: bool) -> bool:
+        param, grad, m, v = normal((n,), dtype, 1), normal((n,), dtype, 2), torch.zeros(n), torch.zeros(n)
+        master = param.float().clone() if master_weights else None
+        if broken:
+            (param if master is None else master)[at] = value
+        return ops.adamw(param, grad, m, v, master, **HYPER, weight_decay=0.1, t=1, grad_scale=1.0)
+
+    assert update(broken=False)
+    assert not update(broken=True)
+
+
+def test_an_update_that_overflows_is_reported() -> None:
+    """Old weights, gradients and the factors are finite; the new weight is beyond fp32, or only beyond bf16."""
+
+    def update(dtype: torch.dtype, weight: float, lr: float) -> bool:
+        param, master = torch.full((5,), weight, dtype=dtype), torch.full((5,), weight)
+        m, v = torch.zeros(5), torch.zeros(5)
+        arguments = {**HYPER, "lr": lr, "weight_decay": 0.0, "t": 1, "grad_scale": 1.0}
+        return ops.adamw(param, -torch.ones(5, dtype=dtype), m, v, master, **arguments)
+
+    assert update(torch.float32, 3e38, 3e37)  # 3.3e38; fp32 ends at 3.403e38
+    assert not update(torch.float32, 3e38, 5e37)
+    assert update(torch.bfloat16, 3e38, 3e37)  # bf16 ends at 3.390e38; stochastic rounding goes up
+    assert not update(torch.bfloat16, 3.2e38, 2.02e37)
 
 
 def test_thread_counts() -> None:

@@ -50,23 +50,23 @@ def test_sum(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "max_norm", "norm", "scale"),
+    ("total", "loss", "max_norm", "norm", "scale"),
     [
-        (0.0, 1.0, 0.0, 1.0),
-        (0.25, 1.0, 0.5, 1.0),
-        (1.0, 1.0, 1.0, 1.0),
-        (16.0, 1.0, 4.0, 0.25),
-        (9.0, 1.5, 3.0, 0.5),
-        (math.inf, 1.0, math.inf, 0.0),
+        (0.0, 2.0, 1.0, 0.0, 1.0),
+        (0.25, 2.0, 1.0, 0.5, 1.0),
+        (1.0, 2.0, 1.0, 1.0, 1.0),
+        (16.0, 2.0, 1.0, 4.0, 0.25),
+        (9.0, 2.0, 1.5, 3.0, 0.5),
+        (2.0**126, 2.0**127, 1.0, 2.0**63, 2.0**-63),
+        (math.inf, 2.0, 1.0, math.inf, math.nan),
+        (math.nan, 2.0, 1.0, math.nan, math.nan),
+        (0.25, math.nan, 1.0, 0.5, math.nan),
+        (0.25, math.inf, 1.0, 0.5, math.nan),
+        (16.0, -math.inf, 1.0, 4.0, math.nan),
     ],
 )
-def test_clip_scale(total: float, max_norm: float, norm: float, scale: float) -> None:
-    assert ops.clip_scale(total, max_norm) == (norm, scale)
-
-
-def test_clip_scale_of_nan() -> None:
-    norm, scale = ops.clip_scale(math.nan, 1.0)
-    assert math.isnan(norm) and scale == 1
+def test_clip_scale(total: float, loss: float, max_norm: float, norm: float, scale: float) -> None:
+    assert ops.clip_scale(total, loss, max_norm) == pytest.approx((norm, scale), rel=0, abs=0, nan_ok=True)
 
 
 def test_thread_counts() -> None:

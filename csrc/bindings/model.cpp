@@ -282,10 +282,14 @@ void register_model(py::module_& module) {
       .def("restore_parameters", &GPT2::restore_parameters, no_gil,
            "Parameters = master weights, rounded as the last update rounded them (see last_update_rng_state).")
       .def("update", &update, no_gil, "lr"_a, "weight_decay"_a, "step"_a, "beta1"_a = 0.9f, "beta2"_a = 0.95f,
-           "eps"_a = 1e-8f, "grad_clip"_a = 1.0f, "Clip the gradient norm and do one AdamW step; step counts from 1.")
+           "eps"_a = 1e-8f, "grad_clip"_a = 1.0f,
+           "Clip the gradient norm and do one AdamW step; step counts from 1. With a loss or norm that is not finite "
+           "nothing changes.")
       .def("loss", &GPT2::loss, no_gil, "Mean loss over the micro-steps (and ranks) of the last complete backward.")
       .def("grad_norm", &GPT2::grad_norm, no_gil,
            "Global gradient norm of the last complete backward, before clipping.")
+      .def("parameters_finite", &GPT2::parameters_finite, no_gil,
+           "Whether all parameters that the last update wrote, on any rank, are finite.")
       .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)
       .def_property("last_update_rng_state", &GPT2::last_update_rng_state, &GPT2::set_last_update_rng_state)
       .def(

@@ -230,7 +230,7 @@ void check_element(const char* operation, int64_t layer, int64_t first) {
              layer, first);
 }
 
-void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTensorArg master, float lr, float beta1,
+bool adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTensorArg master, float lr, float beta1,
            float beta2, float eps, float weight_decay, int64_t t, float grad_scale, uint32_t seed, int64_t layer,
            int64_t first) {
   Arguments a("adamw");
@@ -249,9 +249,11 @@ void adamw(TensorArg param, TensorArg grad, TensorArg m, TensorArg v, OptionalTe
   slice.layer = layer;
   slice.first = first;
   const CurrentOps ops(a.device());
-  const Scalars scale(ops, a.device(), 1);
-  scale.set(0, grad_scale);
-  ops->adamw(&slice, 1, AdamWStep{lr, beta1, beta2, eps, t, scale[0]});
+  const Scalars scalars(ops, a.device(), 2);
+  scalars.set(0, grad_scale);
+  scalars.set(1, 0);
+  ops->adamw(&slice, 1, AdamWStep{lr, beta1, beta2, eps, t, scalars[0], scalars[1]});
+  return scalars.get(1) == 0;
 }
 
 void round_parameters(TensorArg param, TensorArg master, uint32_t seed, int64_t layer, int64_t first) {
@@ -282,14 +284,15 @@ float sum_of_squares(const std::vector<at::Tensor>& tensors) {
   return result.get(0);
 }
 
-std::pair<float, float> clip_scale(float sum, float max_norm, const std::string& device) {
+std::pair<float, float> clip_scale(float sum, float loss, float max_norm, const std::string& device) {
   LLMC_CHECK(max_norm > 0, "clip_scale: max_norm=%g must be positive", max_norm);
   const Device on = parse_device(device);
   const CurrentOps ops(on);
-  const Scalars values(ops, on, 3);
+  const Scalars values(ops, on, 4);
   values.set(0, sum);
-  ops->clip_scale(values[1], values[2], values[0], max_norm);
-  return {values.get(1), values.get(2)};
+  values.set(1, loss);
+  ops->clip_scale(values[2], values[3], values[0], values[1], max_norm);
+  return {values.get(2), values.get(3)};
 }
 
 void cast(TensorArg out, TensorArg x) {
@@ -353,12 +356,13 @@ void register_ops(py::module_& module) {
         "write_dlogits"_a, "losses += cross entropy; logits = (softmax - onehot) * dloss in place if write_dlogits");
   m.def("adamw", &adamw, no_gil, "param"_a, "grad"_a, "m"_a, "v"_a, "master"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "weight_decay"_a, "t"_a, "grad_scale"_a, "seed"_a = 0, "layer"_a = 0, "first"_a = 0,
-        "One AdamW step of one tensor; bf16 parameters are rounded stochastically");
+        "One AdamW step of one tensor; bf16 parameters are rounded stochastically. With a grad_scale of NaN nothing "
+        "changes. Whether all that was written to param is finite.");
   m.def("round_parameters", &round_parameters, no_gil, "param"_a, "master"_a, "seed"_a = 0, "layer"_a = 0,
         "first"_a = 0, "param = fp32 master, rounded exactly as adamw rounds it");
   m.def("sum_of_squares", &sum_of_squares, no_gil, "tensors"_a, "Sum of squares over a list of tensors");
-  m.def("clip_scale", &clip_scale, no_gil, "sum"_a, "max_norm"_a, "device"_a = "cpu",
-        "(norm, scale) of a sum of squares");
+  m.def("clip_scale", &clip_scale, no_gil, "sum"_a, "loss"_a, "max_norm"_a, "device"_a = "cpu",
+        "(norm, scale) of a sum of squares; a scale of NaN if norm or loss is not finite");
   m.def("cast", &cast, no_gil, "out"_a, "x"_a, "out = x, between fp32 and bf16");
   m.def("accumulate", &accumulate, no_gil, "out"_a, "x"_a, "out += x, fp32 or bf16 each");
   m.def("sum", &sum, no_gil, "x"_a, "Sum of an fp32 tensor");

@@ -41,6 +41,8 @@ LLMC_INLINE float bits_float(uint32_t bits) {
   return x;
 }
 
+LLMC_INLINE bool is_finite(float x) { return (float_bits(x) & 0x7F800000) != 0x7F800000; }
+
 LLMC_INLINE float to_float(float x) { return x; }
 LLMC_INLINE float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 

@@ -24,9 +24,9 @@ LLMC_INLINE void store_rounded(bf16* p, float x, uint32_t index, uint32_t layer,
   *p = stochastic_round(x, noise_2d(index % 512, index / 512 * 512 + layer, seed));
 }
 
-// Elements [begin, end) of the slice.
+// Elements [begin, end) of the slice. Whether what is written to param is finite.
 template <bool kMaster, typename X, typename G>
-void update(const AdamWSlice& slice, int64_t begin, int64_t end, const Step step) {
+bool update(const AdamWSlice& slice, int64_t begin, int64_t end, const Step step) {
   X* param = slice.param.as<X>();
   const G* grad = slice.grad.as<G>();
   float* m = slice.m.as<float>();
@@ -34,7 +34,8 @@ void update(const AdamWSlice& slice, int64_t begin, int64_t end, const Step step
   float* master = slice.master.as<float>();
   const float weight_decay = slice.weight_decay;
   const uint32_t first = uint32_t(slice.first), layer = uint32_t(slice.layer), seed = slice.seed;
-#pragma omp simd
+  uint32_t largest = 0;  // bits of the largest |param|: infinity is above all numbers, NaN above infinity
+#pragma omp simd reduction(max : largest)
   for (int64_t i = begin; i < end; i++) {
     const float g = step.grad_scale * to_float(grad[i]);
     const float mean = multiply_add(step.beta1, m[i], multiply_add(-step.beta1, g, g));
@@ -46,7 +47,10 @@ void update(const AdamWSlice& slice, int64_t begin, int64_t end, const Step step
     const float w = old - step.lr * (direction + weight_decay * old);
     if (kMaster) master[i] = w;
     store_rounded(&param[i], w, first + uint32_t(i), layer, seed);
+    const uint32_t magnitude = float_bits(to_float(param[i])) & 0x7FFFFFFF;
+    largest = magnitude > largest ? magnitude : largest;
   }
+  return is_finite(bits_float(largest));
 }
 
 // Elements [begin, end) of the slice: param = master.
@@ -79,21 +83,25 @@ void CpuOps::adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& ste
     // What dispatch would throw for, but outside the parallel region.
     dispatch(slices[s].param.dtype, slices[s].grad.dtype, [](auto, auto) {});
   }
+  const float grad_scale = *step.grad_scale.as<float>();
+  if (std::isnan(grad_scale)) return;
   const Step constants = {step.lr,
                           step.beta1,
                           step.beta2,
                           step.eps,
                           float(1 / (1 - std::pow(double(step.beta1), double(step.t)))),
                           float(1 / (1 - std::pow(double(step.beta2), double(step.t)))),
-                          *step.grad_scale.as<float>()};
+                          grad_scale};
+  float* non_finite = step.non_finite.as<float>();
   for_each_chunk(slices, count, [&](const AdamWSlice& slice, int64_t begin, int64_t end) {
     dispatch(slice.param.dtype, slice.grad.dtype, [&](auto x, auto g) {
       using X = decltype(x);
       using G = decltype(g);
-      if (slice.master) {
-        update<true, X, G>(slice, begin, end, constants);
-      } else {
-        update<false, X, G>(slice, begin, end, constants);
+      const bool finite = slice.master ? update<true, X, G>(slice, begin, end, constants)
+                                       : update<false, X, G>(slice, begin, end, constants);
+      if (!finite) {
+#pragma omp atomic write
+        *non_finite = 1;
       }
     });
   });

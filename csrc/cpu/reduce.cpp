@@ -54,10 +54,14 @@ void CpuOps::sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) {
   *sum.as<float>() = float(total);
 }
 
-void CpuOps::clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) {
+void CpuOps::clip_scale(Tensor norm, Tensor scale, Tensor sum, Tensor loss, float max_norm) {
   const float value = std::sqrt(*sum.as<float>());
   *norm.as<float>() = value;
-  *scale.as<float>() = value > max_norm ? max_norm / value : 1.0f;
+  if (is_finite(value) && is_finite(*loss.as<float>())) {
+    *scale.as<float>() = value > max_norm ? max_norm / value : 1.0f;
+  } else {
+    *scale.as<float>() = NAN;
+  }
 }
 
 void CpuOps::sum(Tensor sum, Tensor x) {

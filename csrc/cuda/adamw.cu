@@ -41,7 +41,7 @@ struct Step {
   float lr, beta1, beta2, eps;
   float correction1, correction2;  // 1/(1 - βᵗ)
 };
-static_assert(sizeof(Table) + sizeof(Step) + sizeof(float*) <= 4096);
+static_assert(sizeof(Table) + sizeof(Step) + 2 * sizeof(float*) <= 4096);
 
 // The slice of this block.
 __device__ const Slice& find(const Table& table) {
@@ -57,7 +57,7 @@ __device__ void for_slice_elements(const Slice& slice, F work) {
   for_elements<W>(thread, slice.n, slice.aligned, work);
 }
 
-// param[i..] = w, rounded stochastically to bf16.
+// param[i..] = w, rounded stochastically to bf16, as is w itself then.
 template <int N>
 __device__ void store_rounded(float* param, float (&w)[N], int64_t i, const Slice&) {
   store_elements(param + i, w);
@@ -74,9 +74,10 @@ __device__ void store_rounded(bf16* param, float (&w)[N], int64_t i, const Slice
 
 template <typename X, typename G>
 __global__ void __launch_bounds__(kThreads)
-    adamw_kernel(const __grid_constant__ Table table, const Step step, const float* grad_scale) {
+    adamw_kernel(const __grid_constant__ Table table, const Step step, const float* grad_scale, float* non_finite) {
   const Slice& slice = find(table);
   const float scale = *grad_scale;
+  if (scale != scale) return;  // NaN
   for_slice_elements(slice, [&](int64_t i, auto count) {
     X* param = static_cast<X*>(slice.param);
     float g[count], m[count], v[count], w[count];
@@ -100,6 +101,9 @@ __global__ void __launch_bounds__(kThreads)
     store_elements(slice.v + i, v);
     if (slice.master) store_elements(slice.master + i, w);
     store_rounded(param, w, i, slice);
+    bool finite = true;
+    for (int k = 0; k < count; k++) finite = finite && is_finite(w[k]);
+    if (!finite) atomicExch(reinterpret_cast<unsigned*>(non_finite), float_bits(1.0f));  // from many threads
   });
 }
 
@@ -155,7 +159,8 @@ void CudaOps::adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& st
     using X = decltype(x);
     using G = decltype(g);
     for_each_table<X, G>(slices, count, [&](const Table& table, unsigned blocks) {
-      launch(adamw_kernel<X, G>, blocks, kThreads, 0, stream_, table, constants, step.grad_scale.as<float>());
+      launch(adamw_kernel<X, G>, blocks, kThreads, 0, stream_, table, constants, step.grad_scale.as<float>(),
+             step.non_finite.as<float>());
     });
   });
 }

@@ -69,7 +69,7 @@ class CudaOps final : public Ops {
   void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) override;
   void round_parameters(const AdamWSlice* slices, int64_t count) override;
   void sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) override;
-  void clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) override;
+  void clip_scale(Tensor norm, Tensor scale, Tensor sum, Tensor loss, float max_norm) override;
   void cast(Tensor out, Tensor x) override;
   void accumulate(Tensor out, Tensor x) override;
   void sum(Tensor sum, Tensor x) override;

@@ -4,6 +4,7 @@
 // A thread adds the few elements of its share of a chunk in fp32 and the shares in double, so the error does not grow
 // with the size of the tensor.
 #include <algorithm>
+#include <cmath>
 
 #include "core/dispatch.h"
 #include "cuda/cuda_ops.h"
@@ -100,10 +101,14 @@ void add_tensors(float* sum, const Tensor* tensors, int64_t count, bool accumula
   }
 }
 
-__global__ void clip_scale_kernel(float* norm, float* scale, const float* sum, float max_norm) {
+__global__ void clip_scale_kernel(float* norm, float* scale, const float* sum, const float* loss, float max_norm) {
   const float value = sqrtf(*sum);
   *norm = value;
-  *scale = value > max_norm ? max_norm / value : 1.0f;
+  if (is_finite(value) && is_finite(*loss)) {
+    *scale = value > max_norm ? max_norm / value : 1.0f;
+  } else {
+    *scale = NAN;
+  }
 }
 
 }  // namespace
@@ -112,8 +117,9 @@ void CudaOps::sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) {
   add_tensors<true>(sum.as<float>(), tensors, count, true, static_cast<float*>(scratch(workspace::reduce())), stream_);
 }
 
-void CudaOps::clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) {
-  launch(clip_scale_kernel, 1, 1, 0, stream_, norm.as<float>(), scale.as<float>(), sum.as<float>(), max_norm);
+void CudaOps::clip_scale(Tensor norm, Tensor scale, Tensor sum, Tensor loss, float max_norm) {
+  launch(clip_scale_kernel, 1, 1, 0, stream_, norm.as<float>(), scale.as<float>(), sum.as<float>(), loss.as<float>(),
+         max_norm);
 }
 
 void CudaOps::sum(Tensor sum, Tensor x) {

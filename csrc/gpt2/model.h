@@ -89,7 +89,8 @@ class GPT2 {
   // Allocates the optimizer state if it is not there: m = v = 0, master = the parameters. The first update does it too.
   void start_optimizer();
 
-  // One optimizer step with the gradients of the last backward, by all ranks.
+  // One optimizer step with the gradients of the last backward, by all ranks. If the loss or the gradient norm is not
+  // finite, parameters and optimizer state stay as they are: decided on the device, where the host does not wait.
   void update(const UpdateOptions& options);
 
   // Parameters = master weights, rounded as the last update rounded them, so that a checkpoint need not keep both. Throws
@@ -100,6 +101,9 @@ class GPT2 {
   // update clips by this norm: gradients changed from outside after grad_norm() are not seen by it.
   float loss();
   float grad_norm();
+
+  // Whether all parameters that the last update wrote, on any rank, are finite. Waits for the device.
+  bool parameters_finite();
 
   // State of the random stream that seeds stochastic rounding: one draw per micro-step, 16 per update.
   uint64_t rng_state() const { return rng_.state; }

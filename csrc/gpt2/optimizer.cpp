@@ -22,7 +22,7 @@ void GPT2::compute_grad_norm(float grad_clip) {
     }
     sum_of_squares_ready_ = true;
   }
-  ops_->clip_scale(buffer("grad_norm"), buffer("grad_scale"), sum, grad_clip);
+  ops_->clip_scale(buffer("grad_norm"), buffer("grad_scale"), sum, buffer("loss_sum"), grad_clip);
 }
 
 void UpdateOptions::validate() const {
@@ -85,15 +85,28 @@ void GPT2::update(const UpdateOptions& options) {
   start_optimizer();
   last_update_rng_ = rng_;
   const auto seeds = draw_seeds(rng_);
-  const AdamWStep step{options.learning_rate, options.beta1, options.beta2,
-                       options.eps,           options.step,  buffer("grad_scale")};
+  const Tensor non_finite = buffer("broken_parameters");
+  ops_->fill_zero(non_finite);
+  const AdamWStep step{options.learning_rate, options.beta1,        options.beta2, options.eps,
+                       options.step,          buffer("grad_scale"), non_finite};
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
     const std::vector<AdamWSlice> own = slices(unit, seeds, options.weight_decay, true);
     ops_->adamw(own.data(), int64_t(own.size()), step);
     share_update(unit);
   }
+  if (options_.zero_stage >= 1) {  // otherwise every rank has written all of them
+    last_ticket_ = comm_->all_reduce_sum(non_finite, "count of ranks whose update wrote a number that is not finite");
+  }
   forget_gathered();
   wait_for_ranks();
+}
+
+bool GPT2::parameters_finite() {
+  const OnDevice on_device(*ops_);
+  float non_finite;
+  finish_collectives();
+  ops_->download(&non_finite, buffer("broken_parameters"));
+  return non_finite == 0;
 }
 
 void GPT2::restore_parameters() {

@@ -37,7 +37,8 @@ struct AdamWSlice {
 struct AdamWStep {
   float lr, beta1, beta2, eps;
   int64_t t;          // 1-based step of the bias correction
-  Tensor grad_scale;  // f32 (1): gradients are multiplied by it
+  Tensor grad_scale;  // f32 (1): gradients are multiplied by it; NaN: there is no update
+  Tensor non_finite;  // f32 (1): becomes 1 if a parameter is written that is not finite, otherwise stays
 };
 
 class Ops {
@@ -155,6 +156,7 @@ class Ops {
   //   m = β1·m + (1-β1)·g;  v = β2·v + (1-β2)·g²;  w = w_old - lr·(m/(1-β1ᵗ)/(√(v/(1-β2ᵗ)) + eps) + weight_decay·w_old)
   // w goes to master exactly and to param rounded: bf16 stochastically, with
   // noise_2d(i mod 512, 512·⌊i/512⌋ + layer, seed) for element i of the layer's unsharded tensor.
+  // With a grad_scale of NaN nothing changes.
   virtual void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) = 0;
 
   // param = master, rounded exactly as adamw rounds it. Of the slices only param, master, seed, layer and first are used.
@@ -164,9 +166,10 @@ class Ops {
   //   sum f32 (1)
   virtual void sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) = 0;
 
-  // norm = √sum; scale = max_norm/norm if norm > max_norm, else 1
-  //   norm, scale, sum f32 (1)
-  virtual void clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) = 0;
+  // norm = √sum; scale = max_norm/norm if norm > max_norm, else 1; NaN if norm or loss is not finite, so that a broken step
+  // changes nothing (adamw). A finite gradient whose sum of squares is beyond fp32 counts as such: norms from 1.8e19 on.
+  //   norm, scale, sum, loss f32 (1)
+  virtual void clip_scale(Tensor norm, Tensor scale, Tensor sum, Tensor loss, float max_norm) = 0;
 
   // --- small ones ---------------------------------------------------------------------------------------------------
   // out = x, converted between fp32 and bf16 (nearest)

@@ -169,8 +169,9 @@ void TimedOps::sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) 
   timed("sum_of_squares", 0, bytes, [&] { ops_->sum_of_squares(sum, tensors, count); });
 }
 
-void TimedOps::clip_scale(Tensor norm, Tensor scale, Tensor sum, float max_norm) {
-  timed("clip_scale", 0, bytes_of({norm, scale, sum}), [&] { ops_->clip_scale(norm, scale, sum, max_norm); });
+void TimedOps::clip_scale(Tensor norm, Tensor scale, Tensor sum, Tensor loss, float max_norm) {
+  timed("clip_scale", 0, bytes_of({norm, scale, sum, loss}),
+        [&] { ops_->clip_scale(norm, scale, sum, loss, max_norm); });
 }
 
 void TimedOps::cast(Tensor out, Tensor x) {
