@@ -8,6 +8,7 @@ from llmc.checkpoint import FILE, move_aside
 from llmc.config import TrainConfig
 from llmc.config_file import HEADER, write_config_file
 from llmc.errors import RunError
+from llmc.lock import Lock
 from llmc.ranks import Ranks
 
 LOG = "main.log"
@@ -38,8 +39,8 @@ def is_ours(config_file: Path) -> bool:
         return False
 
 
-def open_output_dir(config: TrainConfig, ranks: Ranks) -> Path | None:
-    """Make the directory ready for this run. A new run moves the checkpoints of another one aside.
+def open_output_dir(config: TrainConfig, ranks: Ranks, lock: Lock) -> Path | None:
+    """Make the directory ready for this run, with the lock. A new run moves the checkpoints of another one aside.
 
     RunError if not all ranks see the same directory, in which a checkpoint is complete only with the files of all.
     """
@@ -48,22 +49,23 @@ def open_output_dir(config: TrainConfig, ranks: Ranks) -> Path | None:
     directory = Path(config.output_dir)
     ranks.barrier("the preparation")  # the others have looked for checkpoints
     if ranks.rank == 0:
-        make_ready(directory, config)
+        make_ready(directory, config, lock)
     ranks.barrier("the output directory")
     check_shared(directory, ranks)
     return directory
 
 
-def make_ready(directory: Path, config: TrainConfig) -> None:
+def make_ready(directory: Path, config: TrainConfig, lock: Lock) -> None:
     if not directory.is_dir():
         try:
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or error
             raise RunError(
                 f"cannot create the output directory {directory}: {reason}; choose another with -o"
             ) from error
         print(f"created directory: {directory}")
+        lock.take()
     remove_leftovers(directory)
     if not config.resume and (aside := move_aside(directory, [LOG, CONFIG])):
         print(f"moved the checkpoints and the log in {directory} to {aside} (-y 1 would have gone on from them)")

@@ -9,6 +9,7 @@ from llmc.checkpoint_writer import CheckpointWriter
 from llmc.config import TrainConfig
 from llmc.errors import RunError
 from llmc.hellaswag import count_correct
+from llmc.lock import Lock
 from llmc.logger import Logger, Progress, StepReport, Throughput
 from llmc.output_dir import open_output_dir
 from llmc.prepare import Run, prepare
@@ -25,13 +26,16 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     """
     if ranks.rank == 0:
         check_trackers(config)
-    run = prepare(config, ranks)
-    print(parameter_table(run), batch_report(run), sep="\n", flush=True)
-    output_dir = open_output_dir(config, ranks)
-    with open_trackers(config, ranks.rank, run.start_step, run.tokens_per_step) as tracker:
-        logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume, tracker=tracker)
-        print(memory_report(run), flush=True)
-        take_steps(run, output_dir, logger)
+    with Lock(config.output_dir) as lock:
+        if problem := ranks.problem_of_rank_0("the lock of -o", lock.take):
+            raise RunError(problem)
+        run = prepare(config, ranks)
+        print(parameter_table(run), batch_report(run), sep="\n", flush=True)
+        output_dir = open_output_dir(config, ranks, lock)
+        with open_trackers(config, ranks.rank, run.start_step, run.tokens_per_step) as tracker:
+            logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume, tracker=tracker)
+            print(memory_report(run), flush=True)
+            take_steps(run, output_dir, logger)
 
 
 def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from llmc.config import TrainConfig
 from llmc.errors import RunError
+from llmc.lock import Lock
 from llmc.output_dir import check_output_dir, open_output_dir, remove_leftovers
 from llmc.ranks import Ranks
 
@@ -12,17 +13,17 @@ def test_created_with_its_parents_and_the_settings(tmp_path, capsys):
     directory = tmp_path / "some" / "where"
     check_output_dir(str(directory))
     assert not directory.exists()
-    assert open_output_dir(TrainConfig(output_dir=str(directory), batch_size=3), Ranks()) == directory
+    assert open_output_dir(TrainConfig(output_dir=str(directory), batch_size=3), Ranks(), Lock("")) == directory
     assert capsys.readouterr().out == f"created directory: {directory}\n"
     assert "batch-size = 3\n" in (directory / "config.toml").read_text()
-    open_output_dir(TrainConfig(output_dir=str(directory)), Ranks())
+    open_output_dir(TrainConfig(output_dir=str(directory)), Ranks(), Lock(""))
     assert capsys.readouterr().out == ""
 
 
 def test_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_output_dir("")
-    assert open_output_dir(TrainConfig(output_dir=""), Ranks()) is None
+    assert open_output_dir(TrainConfig(output_dir=""), Ranks(), Lock("")) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -37,7 +38,7 @@ def test_checkpoints_of_another_run(tmp_path, capsys, resume):
     }
     for name, text in {**old, "notes.txt": "mine", ".model_00000003.bin.77.tmp": "half"}.items():
         (tmp_path / name).write_text(text)
-    open_output_dir(TrainConfig(output_dir=str(tmp_path), resume=resume), Ranks())
+    open_output_dir(TrainConfig(output_dir=str(tmp_path), resume=resume), Ranks(), Lock(""))
     left = {path.name for path in tmp_path.iterdir()}
     if resume:
         assert left == {*old, "notes.txt"}
@@ -54,7 +55,7 @@ def test_a_config_file_of_the_users_own_is_not_replaced(tmp_path):
     with pytest.raises(RunError, match=r"config\.toml is not a run's and would be replaced; choose another output"):
         check_output_dir(str(tmp_path))
     (tmp_path / "config.toml").unlink()
-    open_output_dir(TrainConfig(output_dir=str(tmp_path)), Ranks())
+    open_output_dir(TrainConfig(output_dir=str(tmp_path)), Ranks(), Lock(""))
     check_output_dir(str(tmp_path))
 
 
@@ -65,7 +66,7 @@ def test_a_file_in_its_place(tmp_path, below):
     with pytest.raises(RunError, match=f"-o {directory}: {tmp_path}/file is not a directory; choose another"):
         check_output_dir(str(directory))
     with pytest.raises(RunError, match=f"cannot create the output directory {directory}: .*; choose another with -o"):
-        open_output_dir(TrainConfig(output_dir=str(directory)), Ranks())
+        open_output_dir(TrainConfig(output_dir=str(directory)), Ranks(), Lock(""))
 
 
 def test_leftovers_of_killed_writes(tmp_path):
