@@ -21,10 +21,9 @@ def __getattr__(name: str) -> ModuleType:
     """`from llmc import _C`: first the libraries the core is linked with, wherever they are installed."""
     if name != "_C":
         raise AttributeError(f"module 'llmc' has no attribute {name!r}")
-    import ctypes
-
-    import scipy_openblas32
     import torch  # noqa: F401
 
-    ctypes.CDLL(f"{scipy_openblas32.get_lib_dir()}/lib{scipy_openblas32.get_library()}.so")
+    from llmc import openblas
+
+    openblas.load()
     return importlib.import_module("llmc._C")

@@ -5,6 +5,7 @@
 //   Xeon (AVX-512)        1024x3072x768   768x128x128   64x64x32
 //   MKL                   221             221           166
 //   OpenBLAS 0.3.34       210             175           103
+// Which of its kernels OpenBLAS uses is settled when it is loaded: llmc/openblas.py.
 #include "cpu/blas.h"
 
 #include <cstring>
@@ -19,6 +20,7 @@ using SgemmFunction = void(const char* transa, const char* transb, const int* m,
 SgemmFunction scipy_sgemm_;
 void scipy_openblas_set_num_threads(int num_threads);
 const char* scipy_openblas_get_config();
+const char* scipy_openblas_get_corename();
 
 // Weak: null when torch was built without MKL, or when there is no torch in the program.
 __attribute__((weak)) SgemmFunction sgemm_;
@@ -64,6 +66,8 @@ struct Library {
       std::strncpy(version, scipy_openblas_get_config(), sizeof version - 1);
       std::strcpy(name, "OpenBLAS ");
       append_version(name, version, "OpenBLAS ", " ");
+      std::strcat(name, ", ");
+      std::strncat(name, scipy_openblas_get_corename(), 20);
     }
   }
 };

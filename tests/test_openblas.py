@@ -1,0 +1,58 @@
+"""Which of its kernels OpenBLAS uses: OpenBLAS itself says it in the name of the core's BLAS."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmc.openblas import CORETYPE, better_kernels
+
+
+def cpuinfo(vendor: str, family: int, flags: str) -> list[str]:
+    cpu = [f"vendor_id\t: {vendor}", f"cpu family\t: {family}", "model name\t: A CPU", f"flags\t\t: fpu {flags}", ""]
+    return ["processor\t: 0", *cpu, "processor\t: 1", *cpu]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "expected"),
+    [
+        ("AuthenticAMD", 25, "avx2 avx512f avx512bw", "Zen"),  # Zen 4
+        ("AuthenticAMD", 25, "avx2", None),  # Zen 3
+        ("AuthenticAMD", 23, "avx2", None),  # Zen 2
+        ("AuthenticAMD", 26, "avx2 avx512f", None),  # Zen 5: whole vectors of 512 bits
+        ("GenuineIntel", 6, "avx2 avx512f", None),
+        ("GenuineIntel", 25, "avx512f", None),
+    ],
+)
+def test_rule(vendor: str, family: int, flags: str, expected: str | None) -> None:
+    assert better_kernels(cpuinfo(vendor, family, flags)) == expected
+
+
+def test_no_rule_for_a_machine_that_says_nothing() -> None:
+    assert better_kernels([]) is None
+
+
+def blas_of_a_new_process(**environment: str) -> str:
+    code = f"import os; from llmc import _C; print(_C.build_info()['blas'], os.environ.get('{CORETYPE}'), sep='|')"
+    rest = {name: value for name, value in os.environ.items() if name != CORETYPE}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**rest, **environment}, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_the_library_has_the_kernels_of_the_rule_and_the_environment_stays() -> None:
+    blas = blas_of_a_new_process()
+    with open("/proc/cpuinfo") as file:
+        kernels = better_kernels(file.read().splitlines())
+    if kernels is None:
+        pytest.skip("this CPU has the kernels that OpenBLAS chooses")
+    # "Zen" is OpenBLAS's name for its Haswell kernels with other blocks.
+    assert blas.endswith(("Haswell|None", "Zen|None"))
+
+
+def test_the_users_choice_counts() -> None:
+    if "OpenBLAS" not in blas_of_a_new_process():
+        pytest.skip("MKL is used on this CPU")
+    assert blas_of_a_new_process(**{CORETYPE: "Nehalem"}).endswith("Nehalem|Nehalem")
