@@ -29,14 +29,13 @@ def load() -> None:
 def better_kernels(cpuinfo: list[str]) -> str | None:
     """The kernels, by OpenBLAS's name, that are faster than those it chooses on the CPU of /proc/cpuinfo; else None.
 
-    Zen 4 (AMD's family 25 with AVX-512) computes vectors of 512 bits in two halves. Measured there with OpenBLAS 0.3.34,
-    fp32, two threads at once, products of 256 to 1024 rows: 105 to 108 GFLOP/s each of 118 with the AVX2 kernels "Zen", 98
-    to 103 with those for AVX-512 that OpenBLAS would choose.
+    Zen 4 (AMD's family 25 with AVX-512) computes vectors of 512 bits in two halves. Measured there with OpenBLAS
+    0.3.34, fp32, two threads at once, products of 256 to 1024 rows: 105 to 108 GFLOP/s each of 118 with the AVX2
+    kernels "Zen", 98 to 103 with those for AVX-512 that OpenBLAS would choose.
     """
-    first = dict(reversed([(part.strip() for part in line.split(":", 1)) for line in cpuinfo if ":" in line]))
-    zen4 = (
-        first.get("vendor_id") == "AuthenticAMD"
-        and first.get("cpu family") == "25"
-        and "avx512f" in first.get("flags", "").split()
-    )
-    return "Zen" if zen4 else None
+    first: dict[str, str] = {}  # of the fields of all processors
+    for line in cpuinfo:
+        name, _, value = line.partition(":")
+        first.setdefault(name.strip(), value.strip())
+    zen4 = first.get("vendor_id") == "AuthenticAMD" and first.get("cpu family") == "25"
+    return "Zen" if zen4 and "avx512f" in first.get("flags", "").split() else None

@@ -138,6 +138,41 @@ def test_any_number_of_workers_and_chunks(monkeypatch: pytest.MonkeyPatch) -> No
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
 
 
+def test_blocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    games = random_games(60)
+    Path("games.uci").write_text("\n".join(" ".join(moves) for moves in games))
+    monkeypatch.setattr(lichess, "CHUNK_BYTES", 3000)
+    call("--uci", "games.uci", "--block", 32, "--shard-tokens", 500, "--val-fraction", 0.2, "--out", "one")
+    call(
+        "--uci",
+        "games.uci",
+        "--block",
+        32,
+        "--shard-tokens",
+        500,
+        "--workers",
+        2,
+        "--val-fraction",
+        0.2,
+        "--out",
+        "two",
+    )
+    files = sorted(path.name for path in Path("one").glob("games_*.bin"))
+    assert len(files) > 3
+    starts = {tuple(tokens_of([moves])[:20]) for moves in games}
+    for name in files:
+        tokens = shard(Path("one") / name)
+        assert tokens == shard(Path("two") / name)
+        assert len(tokens) % 32 == 0 and 0 < len(tokens) <= 500
+        for begin in range(0, len(tokens), 32):
+            block = tokens[begin : begin + 32]
+            assert block[0] == 2
+            first = block[: block.index(2, 1)] if 2 in block[1:] else block
+            assert any(tuple(first[:20]) == start[: len(first[:20])] for start in starts)
+    capsys.readouterr()
+    assert "--block 600" in refuse(capsys, 2, "--uci", "games.uci", "--block", 600, "--shard-tokens", 500)
+
+
 def test_chunks_do_not_depend_on_how_the_text_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lichess, "CHUNK_BYTES", 100)
     text = b'[Event "%d"]\n1. e4 *\n\n' * 50

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmc.data.blocks import into_blocks
 from llmc.data.command import Commands, add_shard_tokens, add_workers, check_name, fraction, positive, report
 from llmc.data.source import find_sources, fingerprint_of, open_source
 from llmc.data.writer import Encoded, Vocabulary, WrittenFile, write_dataset
@@ -71,36 +72,44 @@ def prepare_games(
     val_fraction: float,
     workers: int,
     shard_tokens: int,
+    block: int | None = None,
 ) -> tuple[list[WrittenFile], Counter[str]]:
-    """Make a data set of the games of all sources; return its files, and how many games were kept or dropped why."""
+    """Make a data set of the games of all sources; return its files, and how many games were kept or dropped why.
+
+    block: if given, each so many tokens begin with a game.
+    """
     return write_dataset(
         out,
         name,
         Vocabulary(chess_token_bytes(), END_OF_TEXT_IDS[CHESS_VOCAB_SIZE]),
         (chunk for source in sources for chunk in chunks(source)),
-        functools.partial(encode_chunk, filter),
+        functools.partial(encode_chunk, filter, block),
         val=val_fraction,
         fingerprint={
             "sources": sources,
             "files": fingerprint_of(source.name for source in sources if not source.is_remote),
             "filter": filter,
+            "block": block,
         },
         workers=workers,
         shard_tokens=shard_tokens,
+        multiple=block or 1,
         total=sum(source.size for source in sources),
         unit="B",
         size=lambda chunk: chunk.stored,
     )
 
 
-def encode_chunk(filter: Filter, chunk: Chunk) -> Encoded:
-    """Return the uint16 tokens of the games that are kept, end-of-text before each."""
+def encode_chunk(filter: Filter, block: int | None, chunk: Chunk) -> Encoded:
+    """Return the uint16 tokens of the games that are kept, end-of-text before each; in blocks if a length is given."""
     from llmc import _C
 
     if chunk.format == "pgn":
         tokens, counts = _C.chess.encode_pgn(chunk.text, **filter._asdict())
     else:
         tokens, counts = _C.chess.encode_uci(chunk.text, min_plies=filter.min_plies, promotions=filter.promotions)
+    if block:
+        tokens = into_blocks(tokens, END_OF_TEXT_IDS[CHESS_VOCAB_SIZE], block)
     return Encoded(tokens, Counter(counts))
 
 
@@ -271,6 +280,14 @@ def add_command(commands: Commands) -> None:
         "--promotions", action="store_true", help="only games in which a pawn is promoted", default=argparse.SUPPRESS
     )
     parser.add_argument(
+        "--block",
+        type=_number,
+        metavar="N",
+        help="let each N tokens begin with a game, so that with -t N every row does; a game that does not fit into the "
+        "rest of a block is cut there and begins the next one, what a game has beyond N tokens is left out",
+        default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
         "--out", metavar="DIR", help="output directory (default: dev/data/NAME)", default=argparse.SUPPRESS
     )
     parser.add_argument("--val-fraction", type=fraction, default=0.01, metavar="F", help="share of the tokens held out")
@@ -297,6 +314,9 @@ def _lichess(arguments: argparse.Namespace) -> None:
     months, pgn, uci = (given.get(name, []) for name in ("months", "pgn", "uci"))
     filter = Filter(**{field: value for field, value in given.items() if field in Filter._fields})
     _check(months, pgn, uci, given.get("name"), filter)
+    block = given.get("block")
+    if block and block > arguments.shard_tokens:
+        raise UsageError(f"--block {block} is more than --shard-tokens {arguments.shard_tokens}: lower it")
     files = [*local_sources(pgn, "pgn"), *local_sources(uci, "uci")]
     datasets = [(month.replace("-", ""), [month_source(month)]) for month in dict.fromkeys(months)]
     if files:
@@ -312,6 +332,7 @@ def _lichess(arguments: argparse.Namespace) -> None:
             val_fraction=arguments.val_fraction,
             workers=arguments.workers,
             shard_tokens=arguments.shard_tokens,
+            block=block,
         )
         print(describe(counts))
         report(written)

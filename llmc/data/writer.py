@@ -71,6 +71,7 @@ def write_dataset(
     fingerprint: Mapping[str, object],
     workers: int,
     shard_tokens: int = SHARD_TOKENS,
+    multiple: int = 1,
     total: int | None = None,
     unit: str = "char",
     size: Callable[[Item], int],
@@ -81,8 +82,9 @@ def write_dataset(
     and `encode` can be pickled then. The bytes of the files do not depend on `workers`.
 
     val: a share (float) cut off the end of all tokens, a number (int) of tokens cut off their beginning, or items of
-    its own. A split is cut into shards of equal size, at most `shard_tokens`. `size` of an item and their `total`, in
-    `unit`, are for the progress bar (an estimate is enough).
+    its own. A split is cut into shards of equal size, at most `shard_tokens`. A share and shards are whole multiples of
+    `multiple` tokens (at most `shard_tokens`), as the tokens of each item must be then. `size` of an item and their
+    `total`, in `unit`, are for the progress bar (an estimate is enough).
 
     An interrupted run goes on where it stopped if `fingerprint` (JSON values: what the tokens depend on, such as sizes
     and times of the source's files, and options) is the same. No file gets its final name before all are complete, and
@@ -105,7 +107,7 @@ def write_dataset(
         if isinstance(val, int):
             val_tokens, train_tokens = train_tokens[:val], train_tokens[val:]
         elif isinstance(val, float):
-            cut = len(train_tokens) - round(val * len(train_tokens))
+            cut = len(train_tokens) - round(val * len(train_tokens) / multiple) * multiple
             train_tokens, val_tokens = train_tokens[:cut], train_tokens[cut:]
         contents = {}
         for split, tokens in zip(SPLITS, (train_tokens, val_tokens), strict=True):
@@ -117,7 +119,7 @@ def write_dataset(
                 raise RunError(
                     f"the {split} split of {name} is empty ({all_tokens} tokens in all): give more text{remedy}"
                 )
-            for shard, shard_part in enumerate(_even_parts(tokens, shard_tokens)):
+            for shard, shard_part in enumerate(_even_parts(tokens, shard_tokens, multiple)):
                 file = f"{name}_{split}_{shard:06d}.bin"
                 write_shard(unfinished.directory / file, shard_part)
                 contents[file] = f"{len(shard_part):,} tokens"
@@ -352,11 +354,12 @@ def _encode_item(item: Any) -> Encoded:
 # ---- shards
 
 
-def _even_parts(tokens: np.ndarray, most: int) -> Iterator[np.ndarray]:
+def _even_parts(tokens: np.ndarray, most: int, multiple: int) -> Iterator[np.ndarray]:
     """Cut tokens into equal shards: a short rest could be too small for a batch, and then no shard would load."""
-    parts = -(-len(tokens) // most)
+    units = len(tokens) // multiple
+    parts = -(-units // (most // multiple))
     for part in range(parts):
-        yield tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
+        yield tokens[part * units // parts * multiple : (part + 1) * units // parts * multiple]
 
 
 def _refuse_another_tokenizer(out: Path, name: str, new: bytes) -> None:
