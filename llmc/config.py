@@ -15,6 +15,7 @@ from llmc.schedule import SCHEDULERS
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+RECOMPUTE = (0, 1, 2, 3, 4)  # levels
 HELLASWAG_DATA = "dev/data/hellaswag/hellaswag_val.bin"
 
 
@@ -146,7 +147,12 @@ class TrainConfig:
         "-ge", -1, "numerics", one_of(-1, 0, 1, 2), "GELU inside the products: 0 no, 1 forward, 2 both ways; -1: best"
     )
     recompute: int = flag(
-        "-r", 1, "memory", one_of(0, 1, 2), "less memory, more work: 0 keep all, 1 recompute GELU, 2 layernorm too"
+        "-r",
+        1,
+        "memory",
+        one_of(*RECOMPUTE),
+        "less memory, more work: 0 keep all, 1 recompute GELU, 2 layernorm too, 3 attention's projections too, "
+        "4 the whole block",
     )
     zero_stage: int = flag(
         "-z", 0, "memory", one_of(0, 1, 2, 3), "ZeRO: 1 optimizer state, 2 gradients, 3 parameters cut over processes"

@@ -15,7 +15,7 @@ from llmc.build import (
     precision_of,
     total_bytes,
 )
-from llmc.config import INT32_MAX, TrainConfig
+from llmc.config import INT32_MAX, RECOMPUTE, TrainConfig
 from llmc.data.shards import find_shards, read_shard
 from llmc.device import Device, device_on_paper
 from llmc.errors import RunError, UsageError
@@ -56,7 +56,7 @@ def dry_run(config: TrainConfig, memory_gib: float | None, roofline: str | None)
     print(f"\nwhat fits into {memory / 2**30:.1f} GiB at -t {config.seq_len}:")
     print("  -z  -r  MiB at this -b  largest -b")
     for stage in stages:
-        for recompute in (0, 1, 2):
+        for recompute in RECOMPUTE:
             need = total_bytes(plan(config, device, shape, precision, config.batch_size, recompute, stage))
             largest = largest_batch(config, device, shape, precision, recompute, stage)
             print(f"  {stage:2}  {recompute:2}  {need / MIB:14.1f}  {largest or 'none':>10}")

@@ -8,7 +8,7 @@ the L2 cache does not count. tests/test_kernels.py compares all of it with what 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -60,6 +60,11 @@ Event = Kernel | Collective | Wait
 def product(what: str, M: int, N: int, K: int, moved: float) -> Kernel:
     flops = 2 * M * N * K
     return Kernel("matrix products", what, CUBLAS, moved, flops, flops, (M, N, K))
+
+
+def again(kernel: Kernel) -> Kernel:
+    """The kernel in the backward pass, where it computes what was not kept."""
+    return replace(kernel, useful_flops=0)
 
 
 def memset(what: str, moved: float) -> Kernel:
@@ -143,17 +148,19 @@ class Step:
 
     def forward_block(self) -> list[Kernel]:
         """Without the layernorm behind it, which waits for the next block's parameters."""
-        C, fused = self.C, self.options.gelu_fusion >= 1
-        kernels = [
-            self.product_forward("qkv", 3 * C, C),
-            self.attention_forward(),
-            self.product_forward("attention projection", C, C),
-            self.residual_layernorm(),
-            self.product_forward("fc", 4 * C, C, extra=4 * self.residual if fused else 0),
-        ]
-        if not fused:
-            kernels.append(self.gelu_forward())
-        return [*kernels, self.product_forward("fc projection", C, 4 * C)]
+        last = self.product_forward("fc projection", self.C, 4 * self.C)
+        return [*self.forward_attention(), *self.forward_attention_projection(), *self.forward_fc(), last]
+
+    def forward_attention(self) -> list[Kernel]:
+        return [self.product_forward("qkv", 3 * self.C, self.C), self.attention_forward()]
+
+    def forward_attention_projection(self) -> list[Kernel]:
+        return [self.product_forward("attention projection", self.C, self.C), self.residual_layernorm()]
+
+    def forward_fc(self) -> list[Kernel]:
+        fused = self.options.gelu_fusion >= 1
+        fc = self.product_forward("fc", 4 * self.C, self.C, extra=4 * self.residual if fused else 0)
+        return [fc] if fused else [fc, self.gelu_forward()]
 
     def backward(self, micro_step: int) -> Iterator[Event]:
         last_micro_step = micro_step == self.accumulation_steps - 1
@@ -189,29 +196,41 @@ class Step:
         return micro_step > 0 and self.stage < 2
 
     def backward_block(self, accumulate: bool) -> list[Kernel]:
-        C, options = self.C, self.options
-        kernels = []
-        if options.recompute >= 1:
-            kernels.append(self.gelu_forward())
-        fused = options.gelu_fusion >= 2
+        C, r = self.C, self.options.recompute
+        kernels = self.recomputed_first()
+        fused = self.options.gelu_fusion >= 2
         kernels.append(self.product_input("fc projection", C, 4 * C, extra=4 * self.residual if fused else 0))
         if not fused:
             kernels.append(Kernel("GELU", "GELU backward", "gelu_backward_kernel*", 12 * self.residual))
         kernels += self.parameters_backward("fc projection", C, 4 * C, accumulate)
-        if options.recompute >= 2:
+        if r == 2:
             kernels.append(self.layernorm())
         kernels.append(self.product_input("fc", 4 * C, C))
         kernels += self.parameters_backward("fc", 4 * C, C, accumulate)
         kernels += self.layernorm_backward(accumulate)
         kernels.append(self.product_input("attention projection", C, C))
         kernels += self.parameters_backward("attention projection", C, C, accumulate)
-        kernels += self.attention_backward()
-        if options.recompute >= 2:
+        if r >= 2:
             kernels.append(self.layernorm())
+        if r == 3:
+            kernels.append(again(self.product_forward("qkv", 3 * C, C)))
+        kernels += self.attention_backward()
         kernels.append(self.product_input("qkv", 3 * C, C))
         kernels += self.parameters_backward("qkv", 3 * C, C, accumulate)
         kernels += self.layernorm_backward(accumulate)
         return kernels
+
+    def recomputed_first(self) -> list[Kernel]:
+        """Before anything of the block's backward pass."""
+        r = self.options.recompute
+        kernels = [self.layernorm(), *self.forward_attention()] if r >= 4 else []
+        if r >= 3:
+            kernels += self.forward_attention_projection()
+        if r >= 4:
+            kernels += self.forward_fc()
+        elif r >= 1:
+            kernels.append(self.gelu_forward())
+        return [again(kernel) for kernel in kernels]
 
     def loss_head(self, accumulate: bool) -> list[Kernel]:
         """Over chunks of rows."""

@@ -266,7 +266,7 @@ BAD_INPUTS = [  # command line, what the message must contain
     ("-t 32", "-g 64 is longer than -t 32: use -g 32 or less"),
     ("-a 2", "-a/--overfit-one-batch 2: it must be 0 or 1"),
     ("-a yes", "-a/--overfit-one-batch yes"),
-    ("-r 3", "-r/--recompute 3: it must be one of 0, 1, 2"),
+    ("-r 5", "-r/--recompute 5: it must be one of 0, 1, 2, 3, 4"),
     ("-r -1", "-r/--recompute -1"),
     ("-w true", "-w/--master-weights true: it must be 0 or 1"),
     ("--precision fp16", "--precision fp16: it must be one of auto, fp32, bf16"),

@@ -21,7 +21,7 @@ STEPS = [
     *(
         {"descriptor": TINY, "B": 2, "T": 16, "precision": precision, "recompute": r, "gelu_fusion": ge}
         for precision in ("fp32", "bf16")
-        for r in (0, 1, 2)
+        for r in (0, 1, 2, 3, 4)
         for ge in (0, 1, 2)
     ),
     # Every stage, with micro-steps that begin, go on and end a step, on ranks that do and do not divide the units

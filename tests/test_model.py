@@ -63,7 +63,7 @@ def test_debug_state(reference, tmp_path, case):
         assert error <= 1e-5 * expected.double().norm() + floor, name
 
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("recompute", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradients_against_float64(reference, case, recompute):
     """With random vectors too, against PyTorch in double precision."""
@@ -163,7 +163,7 @@ def test_init_random_equals_the_reference(reference):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_recompute_and_fusion_are_bit_equal(case, precision):
     results = []
-    for recompute in (0, 1, 2):
+    for recompute in (0, 1, 2, 3, 4):
         for gelu_fusion in (0, 1, 2):
             model = build(case, precision=precision, recompute=recompute, gelu_fusion=gelu_fusion)
             for step in (1, 2):
@@ -470,7 +470,7 @@ def test_plan_describes_the_memory():
     config = _C.GPT2Config(
         max_seq_len=64, vocab_size=100, padded_vocab_size=128, num_layers=3, num_heads=2, channels=48
     )
-    for recompute in (0, 1, 2):
+    for recompute in (0, 1, 2, 3, 4):
         options = _C.Options(batch_size=3, seq_len=17, precision="bf16", recompute=recompute)
         rows = _C.plan(config, options)
         sizes = _C.GPT2(config, options).memory()
@@ -487,6 +487,9 @@ def test_plan_describes_the_memory():
         names = [row[0] for row in rows]
         assert ("h0.fch_gelu" in names) == (recompute == 0)
         assert ("h0.ln1" in names) == (recompute < 2)
+        assert ("h0.qkv" in names) == ("h0.residual2" in names) == (recompute < 3)
+        assert ("h0.atty" in names) == ("h0.fch" in names) == ("h0.lse" in names) == (recompute < 4)
+        assert "h0.residual3" in names
 
 
 def test_plan_of_d12_per_sequence():
@@ -531,7 +534,7 @@ def test_impossible_configs(change, message):
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seq_len": 18}, "seq_len is 18, it must be between 1 and the model's context of 17"),
-        ({"recompute": 3}, "recompute is 3"),
+        ({"recompute": 5}, "recompute is 5"),
         ({"gelu_fusion": -1}, "gelu_fusion is -1"),
         ({"precision": "fp16"}, "the dtype is fp16"),
         ({"grad_dtype": "bf16"}, "must be fp32"),
@@ -608,7 +611,7 @@ def test_micro_steps_must_follow_each_other():
         model.backward(y[:1], 1, 3)
 
 
-@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("recompute", [0, 2, 3, 4])
 def test_logits_are_those_of_the_last_forward_or_refused(recompute):
     case = SMALL[1]
     x, y = batch(case)

@@ -117,7 +117,7 @@ def test_ten_steps_follow_the_cpu(cuda, precision, tolerance):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_recompute_is_bit_equal(cuda, precision):
     results = []
-    for recompute in (0, 1, 2):
+    for recompute in (0, 1, 2, 3, 4):
         model = build_on(cuda, ODD, precision=precision, recompute=recompute)
         results.append(bits_after(model, ODD, steps=2))
     cuda.check()

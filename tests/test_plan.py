@@ -81,27 +81,45 @@ def test_zero_stages_on_one_rank():
     assert sizes[1] == sizes[2] == sizes[3] == sizes[0]
 
 
-@pytest.mark.parametrize("recompute,units,llmc_mib", [(0, 16, 397.5), (1, 12, 331.5), (2, 10, 295.5)])
-def test_activations_of_d12_against_llm_c(recompute, units, llmc_mib):
+# In units of T * C values (1.5 MiB in bf16): of a block, of all blocks together, and llm.c's MiB per sequence.
+LEVELS = [(0, 16, 0, 397.5), (1, 12, 4, 331.5), (2, 10, 4, 295.5), (3, 6, 4 + 4, 295.5), (4, 1, 4 + 9, 295.5)]
+
+
+@pytest.mark.parametrize("recompute,block,shared,llmc_mib", LEVELS)
+def test_activations_of_d12_against_llm_c(recompute, block, shared, llmc_mib):
     """MiB of activations per sequence at T = 1024 in bf16, at most those that llm.c needs with flash attention.
 
-    In units of T * C bf16 values (1.5 MiB), a block keeps ln1 1, qkv 3, atty 1, residual2 1, ln2 1, fch 4, fch_gelu 4
-    and residual3 1; recompute 1 drops fch_gelu (one for all blocks stays), recompute 2 also ln1 and ln2.
+    A block keeps ln1 1, qkv 3, atty 1, residual2 1, ln2 1, fch 4, fch_gelu 4 and residual3 1 units; recompute 1 drops
+    fch_gelu (one for all blocks stays), recompute 2 also ln1 and ln2 (lnf serves them), 3 qkv and residual2 (one of
+    each stays), 4 all but residual3: besides fch_gelu one qkv, atty, residual2 and fch stay.
 
     The difference is llm.c's tensor of all logits, Vp * T * 2 bytes = 98.25 MiB a sequence: here a chunk of them at a
     time shares the memory of scratch_bt4c. One unit of it, 1.5 MiB, goes to dresidual, apart from scratch_btc.
     """
     B = 16
-    outside = 2 + 2 + 4 + (4 if recompute else 0)  # encoded, lnf; dresidual, scratch_btc; scratch_bt4c; fch_gelu
-    # 4 bytes a token: in a block mean and rstd of two layernorms and NH = 12 log-sum-exps; outside mean and rstd of
-    # lnf; tokens, targets, token_order, losses and eval_losses
-    statistics = 4 * T * (L * (4 + 12) + 2 + 5)
-    per_sequence = 2 * T * C * (L * units + outside) + statistics
+    outside = 2 + 2 + 4 + shared  # encoded, lnf; dresidual, scratch_btc; scratch_bt4c
+    # 4 bytes a token: in a block mean and rstd of two layernorms and NH = 12 log-sum-exps, from recompute 4 on once for
+    # all; outside mean and rstd of lnf; tokens, targets, token_order, losses and eval_losses
+    statistics = 4 * T * ((1 if recompute == 4 else L) * (4 + 12) + 2 + 5)
+    per_sequence = 2 * T * C * (L * block + outside) + statistics
     # loss_sum, grad_sum_of_squares, grad_norm, grad_scale, broken_parameters, each aligned to 256 bytes
     scalars = 5 * 256
     options = _C.Options(batch_size=B, seq_len=T, precision="bf16", recompute=recompute)
     assert lifetimes(options, 1)["activations"] == B * per_sequence + scalars - (256 - 4)  # the last one is not padded
     assert per_sequence + scalars <= llmc_mib * MIB
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_more_recomputation_never_needs_more_memory(layers, precision):
+    """One block saves nothing, where what all blocks share is as much as it would keep."""
+    config = _C.GPT2Config(num_layers=layers)
+    sizes = []
+    for recompute in range(5):
+        rows = _C.plan(config, _C.Options(batch_size=3, seq_len=50, precision=precision, recompute=recompute))
+        sizes.append(max(row[4] + -(-row[5] // 256) * 256 for row in rows if row[1] == "activations"))
+    assert sizes == sorted(sizes, reverse=True)
+    assert layers == 1 or len(set(sizes)) == 5
 
 
 # --- what is allocated ------------------------------------------------------------------------------------------------
@@ -113,6 +131,7 @@ def test_activations_of_d12_against_llm_c(recompute, units, llmc_mib):
         {},
         {"precision": "bf16", "recompute": 0},
         {"precision": "bf16", "master_weights": False, "recompute": 2},
+        {"precision": "bf16", "recompute": 4},
         {"precision": "bf16", "classifier_rows": 5},
         {"precision": "bf16", "grad_dtype": "fp32", "zero_stage": 1},
     ],

@@ -18,7 +18,7 @@ import pytest
 from llmc.build import model_shape
 from llmc.cli.train import _main as llmc_train
 from llmc.command_line import parse_args
-from llmc.config import TrainConfig, flag_fields, flag_of, names, show
+from llmc.config import RECOMPUTE, TrainConfig, flag_fields, flag_of, names, show
 from llmc.device import device_on_paper
 from llmc.dry_run import largest_batch
 
@@ -415,14 +415,14 @@ def listing():
 
 
 def memory_table():
-    """The largest -b at -r 0 / 1 / 2, as llmc-train --dry-run gives it."""
+    """The largest -b at each -r, as llmc-train --dry-run gives it."""
     lines = ["| GPU | `-e` | 1 GPU | 8 GPUs, `-z 1` | `-z 2` | `-z 3` |", "|---|---|---|---|---|---|"]
     for gib, model in itertools.product((24, 40, 80), ("d12", "d24", "d36", "d48")):
         cells = []
         for P, stage in ((1, 0), (8, 1), (8, 2), (8, 3)):
             config = TrainConfig(model=model, device="cuda", num_processes=P)
             device, (shape, _) = device_on_paper(config, gib * 2**30), model_shape(config, None)
-            largest = [largest_batch(config, device, shape, "bf16", recompute, stage) for recompute in (0, 1, 2)]
+            largest = [largest_batch(config, device, shape, "bf16", recompute, stage) for recompute in RECOMPUTE]
             cells.append(" / ".join(str(B or "–") for B in largest))
         lines.append(f"| {gib} GiB | {model} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -347,7 +347,7 @@ def test_overfit_one_batch(train):
     assert result.logged("tel")[40] < result.logged("trl")[39]
 
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("recompute", [0, 2, 4])
 def test_gradient_accumulation_equals_a_larger_batch(train, recompute):
     """Eight rows at once or four times two: the same tokens, up to fp32 rounding, which ten updates amplify."""
     large = train(f"-a 1 -b 8 -d 128 -x 10 -l 1e-3 -r {recompute}").column("loss")
@@ -358,11 +358,11 @@ def test_gradient_accumulation_equals_a_larger_batch(train, recompute):
 
 
 def test_recompute(train):
-    results = [train(f"-r {level} -x 5 -l 3e-3") for level in (0, 1, 2)]
-    assert results[0].column("loss") == results[1].column("loss") == results[2].column("loss")
+    results = [train(f"-r {level} -x 5 -l 3e-3") for level in range(5)]
+    assert all(result.column("loss") == results[0].column("loss") for result in results)
     sizes = [result.run.model.memory()["activations"] for result in results]
-    assert sizes[0] > sizes[1] > sizes[2]
-    assert [result.row("recompute") for result in results] == ["0", "1", "2"]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert [result.row("recompute") for result in results] == ["0", "1", "2", "3", "4"]
 
 
 def test_precision_and_master_weights(train):

@@ -174,3 +174,36 @@ def test_bf16_in_the_simulator():
         assert_same_on_all_ranks(ranks, job)
         for (loss, _), (true_loss, _) in zip(ranks[0][job][0], expected[job], strict=True):
             assert abs(loss - true_loss) < 0.02, jobs[job]
+
+
+def recomputing(precision, stages, **options):
+    """A job at each level of recomputation, with two micro-steps."""
+    return [
+        (2, {"zero_stage": stage, "precision": precision, "recompute": recompute, **options})
+        for stage in stages
+        for recompute in range(5)
+    ]
+
+
+def assert_same_at_all_levels(ranks, jobs):
+    """Losses, norms and parameters to the bit."""
+    for job, (_, options) in enumerate(jobs):
+        assert_same_on_all_ranks(ranks, job)
+        first = job - options["recompute"]
+        assert ranks[0][job][0] == ranks[0][first][0], options
+        for name, parameter in ranks[0][first][1].items():
+            assert torch.equal(ranks[0][job][1][name], parameter), (options, name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputation_is_bit_equal(precision):
+    """A block computes again what it needs while its parameters are there for its backward pass."""
+    jobs = recomputing(precision, stages=(0, 3))
+    assert_same_at_all_levels(run_ranks(2, train_on_rank, CASE, jobs), jobs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputation_is_bit_equal_in_the_simulator(precision):
+    devices.require_simulator()
+    jobs = recomputing(precision, stages=(3,), tf32=False)
+    assert_same_at_all_levels(run_ranks(2, train_in_simulator, ON_CUDA, jobs, 2, "forward", True), jobs)

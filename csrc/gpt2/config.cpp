@@ -49,7 +49,7 @@ void Options::validate(const GPT2Config& config) const {
   LLMC_CHECK(precision == DType::F32 || precision == DType::BF16, "precision must be fp32 or bf16");
   LLMC_CHECK(grad_dtype == DType::F32 || grad_dtype == precision,
              "gradients of an fp32 model must be fp32: grad_dtype is %s", name_of(grad_dtype));
-  LLMC_CHECK(recompute >= 0 && recompute <= 2, "recompute is %d, it must be 0, 1 or 2", recompute);
+  LLMC_CHECK(recompute >= 0 && recompute <= 4, "recompute is %d, it must be 0 to 4", recompute);
   LLMC_CHECK(gelu_fusion >= 0 && gelu_fusion <= 2, "gelu_fusion is %d, it must be 0, 1 or 2", gelu_fusion);
   LLMC_CHECK(zero_stage >= 0 && zero_stage <= 3, "zero_stage is %d, it must be 0, 1, 2 or 3", zero_stage);
   LLMC_CHECK(classifier_rows >= 0, "classifier_rows is %" PRId64 ", it must not be negative", classifier_rows);

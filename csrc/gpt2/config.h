@@ -31,10 +31,12 @@ struct Options {
   int64_t seq_len = 1024;         // T at most
   DType precision = DType::F32;   // X, storage of parameters and activations
   DType grad_dtype = DType::F32;  // G, storage of parameter gradients: X or F32
-  int recompute = 1;              // 0 keep all, 1 recompute GELU, 2 recompute GELU and layernorms in the backward pass
-  int gelu_fusion = 0;            // 0 none, 1 forward, 2 forward and backward
-  bool tf32 = true;               // on CUDA, fp32 products and attention may round their operands to TF32
-  bool master_weights = true;     // keep an fp32 copy of bf16 parameters
+  // What the backward pass computes again, each level with those before it: 0 nothing, 1 GELU, 2 layernorms, 3 the
+  // projections around attention, 4 the whole block from its input.
+  int recompute = 1;
+  int gelu_fusion = 0;         // 0 none, 1 forward, 2 forward and backward
+  bool tf32 = true;            // on CUDA, fp32 products and attention may round their operands to TF32
+  bool master_weights = true;  // keep an fp32 copy of bf16 parameters
   // Sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. One rank has nothing to
   // shard: there every stage runs as 0.
   int zero_stage = 0;

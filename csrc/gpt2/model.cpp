@@ -38,25 +38,24 @@ void GPT2::allocate(Lifetime lifetime) {
 
 // --- views -------------------------------------------------------------------------------------------------------------
 
-Tensor GPT2::buffer(const std::string& name) {
-  const Buffer& found = plan_.buffer(name);
-  char* memory = static_cast<char*>(memory_[int(found.lifetime)].get());
-  LLMC_CHECK(memory != nullptr, "%s is not allocated yet, it exists after %s", name.c_str(),
-             found.lifetime == Lifetime::Optimizer ? "start_optimizer or the first update" : "the first backward");
-  Tensor tensor{memory + found.offset, found.dtype, int(found.shape.size()), {1, 1, 1, 1}};
-  for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = found.shape[i];
+Tensor GPT2::view(const Buffer& buffer) {
+  char* memory = static_cast<char*>(memory_[int(buffer.lifetime)].get());
+  LLMC_CHECK(memory != nullptr, "%s is not allocated yet, it exists after %s", buffer.name.c_str(),
+             buffer.lifetime == Lifetime::Optimizer ? "start_optimizer or the first update" : "the first backward");
+  Tensor tensor{memory + buffer.offset, buffer.dtype, int(buffer.shape.size()), {1, 1, 1, 1}};
+  for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = buffer.shape[i];
   return tensor;
 }
 
-Tensor GPT2::rows(const std::string& name) {
-  const Tensor whole = buffer(name);
+Tensor GPT2::rows(const Buffer& buffer) {
+  const Tensor whole = view(buffer);
   return whole.ndim == 3 ? slice_rows(whole, first_, batch_ * seq_) : slice_elements(whole, first_, batch_ * seq_);
 }
 
-Tensor GPT2::block_rows(int64_t layer, const char* name) { return rows("h" + std::to_string(layer) + "." + name); }
+Tensor GPT2::block_rows(int64_t layer, const char* name) { return rows(plan_.block_buffer(layer, name)); }
 
 Tensor GPT2::block_lse(int64_t layer) {
-  const Tensor whole = buffer("h" + std::to_string(layer) + ".lse");
+  const Tensor whole = view(plan_.block_buffer(layer, "lse"));
   return make_tensor(whole.data, whole.dtype, batch_, config_.num_heads, seq_);
 }
 
@@ -65,7 +64,7 @@ Tensor GPT2::shaped(Tensor rows) const {
 }
 
 Tensor GPT2::block_sequence(int64_t layer, const char* name) {
-  const Tensor whole = buffer("h" + std::to_string(layer) + "." + name);
+  const Tensor whole = view(plan_.block_buffer(layer, name));
   return make_tensor(whole.data, whole.dtype, batch_, seq_, whole.last());
 }
 
@@ -99,9 +98,16 @@ void GPT2::extend(const int32_t* tokens, int64_t n) {
              "%" PRId64 " tokens after %" PRId64 " do not fit the model's %" PRId64, n, seq_, options_.seq_len);
   check_ids("tokens", tokens, 1, n);
   backward_allowed_ = logits_allowed_ = false;
-  first_ = seq_;
-  seq_ += n;
-  run_forward(tokens);
+  if (options_.recompute < 3) {
+    first_ = seq_;
+    seq_ += n;
+    run_forward(tokens);
+  } else {  // the blocks share one qkv, so no keys and values are there
+    std::vector<int32_t> all = host_tokens_;
+    all.insert(all.end(), tokens, tokens + n);
+    seq_ += n;
+    run_forward(all.data());
+  }
 }
 
 // The positions [first_, seq_).
@@ -123,10 +129,9 @@ void GPT2::run_forward(const int32_t* tokens) {
   use(0);
   ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, batch_, seq_ - first_), parameter(kWte),
                           slice_rows(parameter(kWpe), first_, config_.max_seq_len));
-  const bool keep_layernorms = options_.recompute < 2;
   use(1);
-  ops_->layernorm_forward(keep_layernorms ? block_rows(0, "ln1") : rows("lnf"), block_rows(0, "ln1_mean"),
-                          block_rows(0, "ln1_rstd"), encoded, parameter(kLn1w, 0), parameter(kLn1b, 0));
+  ops_->layernorm_forward(block_rows(0, "ln1"), block_rows(0, "ln1_mean"), block_rows(0, "ln1_rstd"), encoded,
+                          parameter(kLn1w, 0), parameter(kLn1b, 0));
   for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
   logits_allowed_ = true;
 }
@@ -136,37 +141,46 @@ void GPT2::forward_block(int64_t l) {
   const Range range(*ops_, "block");
   const size_t next = l + 2;  // the unit of the next block, or the last one
   gather(next);
-  const bool keep_layernorms = options_.recompute < 2;
-  const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
-  const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");
-  const Tensor qkv = block_rows(l, "qkv"), atty = block_rows(l, "atty"), fch = block_rows(l, "fch");
-  const Tensor fch_gelu = options_.recompute < 1 ? block_rows(l, "fch_gelu") : rows("fch_gelu");
-  const Tensor residual = l == 0 ? rows("encoded") : block_rows(l - 1, "residual3");
-  const Tensor residual2 = block_rows(l, "residual2");
+  forward_attention(l);
+  forward_attention_projection(l);
+  forward_fc(l);
   const Tensor projected = rows("scratch_btc");
+  ops_->matmul_forward(projected, block_rows(l, "fch_gelu"), parameter(kFcprojw, l), parameter(kFcprojb, l));
 
-  ops_->matmul_forward(qkv, ln1, parameter(kQkvw, l), parameter(kQkvb, l));
+  const Tensor residual2 = block_rows(l, "residual2"), residual3 = block_rows(l, "residual3");
+  use(next);
+  if (l + 1 < config_.num_layers) {
+    ops_->residual_layernorm_forward(residual3, block_rows(l + 1, "ln1"), block_rows(l + 1, "ln1_mean"),
+                                     block_rows(l + 1, "ln1_rstd"), residual2, projected, parameter(kLn1w, l + 1),
+                                     parameter(kLn1b, l + 1));
+  } else {
+    ops_->residual_layernorm_forward(residual3, rows("lnf"), rows("lnf_mean"), rows("lnf_rstd"), residual2, projected,
+                                     parameter(kLnfw), parameter(kLnfb));
+  }
+}
+
+// The backward pass computes again with these what the level of recomputation says, so that it gets the same bits.
+
+void GPT2::forward_attention(int64_t l) {
+  ops_->matmul_forward(block_rows(l, "qkv"), block_rows(l, "ln1"), parameter(kQkvw, l), parameter(kQkvb, l));
   ops_->attention_forward(block_sequence(l, "atty"), block_lse(l), block_sequence(l, "qkv"), config_.num_heads, first_);
-  ops_->matmul_forward(projected, atty, parameter(kAttprojw, l), parameter(kAttprojb, l));
-  ops_->residual_layernorm_forward(residual2, ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual,
-                                   projected, parameter(kLn2w, l), parameter(kLn2b, l));
+}
+
+void GPT2::forward_attention_projection(int64_t l) {
+  const Tensor projected = rows("scratch_btc");
+  ops_->matmul_forward(projected, block_rows(l, "atty"), parameter(kAttprojw, l), parameter(kAttprojb, l));
+  ops_->residual_layernorm_forward(block_rows(l, "residual2"), block_rows(l, "ln2"), block_rows(l, "ln2_mean"),
+                                   block_rows(l, "ln2_rstd"), block_input(l), projected, parameter(kLn2w, l),
+                                   parameter(kLn2b, l));
+}
+
+void GPT2::forward_fc(int64_t l) {
+  const Tensor fch = block_rows(l, "fch"), fch_gelu = block_rows(l, "fch_gelu"), ln2 = block_rows(l, "ln2");
   if (options_.gelu_fusion >= 1) {
     ops_->matmul_gelu_forward(fch_gelu, fch, ln2, parameter(kFcw, l), parameter(kFcb, l));
   } else {
     ops_->matmul_forward(fch, ln2, parameter(kFcw, l), parameter(kFcb, l));
     ops_->gelu_forward(fch_gelu, fch);
-  }
-  ops_->matmul_forward(projected, fch_gelu, parameter(kFcprojw, l), parameter(kFcprojb, l));
-
-  const Tensor residual3 = block_rows(l, "residual3");
-  use(next);
-  if (l + 1 < config_.num_layers) {
-    ops_->residual_layernorm_forward(residual3, keep_layernorms ? block_rows(l + 1, "ln1") : rows("lnf"),
-                                     block_rows(l + 1, "ln1_mean"), block_rows(l + 1, "ln1_rstd"), residual2, projected,
-                                     parameter(kLn1w, l + 1), parameter(kLn1b, l + 1));
-  } else {
-    ops_->residual_layernorm_forward(residual3, rows("lnf"), rows("lnf_mean"), rows("lnf_rstd"), residual2, projected,
-                                     parameter(kLnfw), parameter(kLnfb));
   }
 }
 
@@ -325,17 +339,30 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
 // dresidual holds the gradient of residual3 on entry and that of the block's input on return.
 void GPT2::backward_block(int64_t l) {
   const Range range(*ops_, "backward of a block");
-  const bool keep_layernorms = options_.recompute < 2;
-  const Tensor ln1 = keep_layernorms ? block_rows(l, "ln1") : rows("lnf");
-  const Tensor ln2 = keep_layernorms ? block_rows(l, "ln2") : rows("lnf");
-  const Tensor residual = l == 0 ? rows("encoded") : block_rows(l - 1, "residual3");
-  const Tensor residual2 = block_rows(l, "residual2");
+  const int r = options_.recompute;
+  const Tensor ln1 = block_rows(l, "ln1"), ln2 = block_rows(l, "ln2");
+  const Tensor residual = block_input(l), residual2 = block_rows(l, "residual2");
   const Tensor qkv = block_rows(l, "qkv"), atty = block_rows(l, "atty"), fch = block_rows(l, "fch");
-  const Tensor fch_gelu = options_.recompute < 1 ? block_rows(l, "fch_gelu") : rows("fch_gelu");
+  const Tensor fch_gelu = block_rows(l, "fch_gelu");
   const Tensor dresidual = rows("dresidual"), dbtc = rows("scratch_btc"), dfch = rows("scratch_bt4c");
+  const auto layernorm1 = [&] {
+    ops_->layernorm_forward(ln1, block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), residual, parameter(kLn1w, l),
+                            parameter(kLn1b, l));
+  };
+
+  // What was not kept: ln1 and ln2 share their memory.
+  if (r >= 4) {
+    layernorm1();
+    forward_attention(l);
+  }
+  if (r >= 3) forward_attention_projection(l);
+  if (r >= 4) {
+    forward_fc(l);
+  } else if (r >= 1) {
+    ops_->gelu_forward(fch_gelu, fch);
+  }
 
   // MLP
-  if (options_.recompute >= 1) ops_->gelu_forward(fch_gelu, fch);
   if (options_.gelu_fusion >= 2) {
     ops_->matmul_gelu_backward_input(dfch, dresidual, parameter(kFcprojw, l), fch);
   } else {
@@ -344,7 +371,7 @@ void GPT2::backward_block(int64_t l) {
   }
   ops_->matmul_backward_weight(gradient(kFcprojw, l), dresidual, fch_gelu, accumulate_);
   ops_->bias_backward(gradient(kFcprojb, l), dresidual, accumulate_);
-  if (!keep_layernorms) {
+  if (r == 2) {
     ops_->layernorm_forward(ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual2, parameter(kLn2w, l),
                             parameter(kLn2b, l));
   }
@@ -358,12 +385,10 @@ void GPT2::backward_block(int64_t l) {
   ops_->matmul_backward_input(dbtc, dresidual, parameter(kAttprojw, l));
   ops_->matmul_backward_weight(gradient(kAttprojw, l), dresidual, atty, accumulate_);
   ops_->bias_backward(gradient(kAttprojb, l), dresidual, accumulate_);
+  if (r >= 2) layernorm1();
+  if (r == 3) ops_->matmul_forward(qkv, ln1, parameter(kQkvw, l), parameter(kQkvb, l));
   const Tensor dqkv = make_tensor(dfch.data, dfch.dtype, batch_ * seq_, 3 * config_.channels);
   ops_->attention_backward(shaped(dqkv), shaped(dbtc), shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
-  if (!keep_layernorms) {
-    ops_->layernorm_forward(ln1, block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), residual, parameter(kLn1w, l),
-                            parameter(kLn1b, l));
-  }
   ops_->matmul_backward_input(dbtc, dqkv, parameter(kQkvw, l));
   ops_->matmul_backward_weight(gradient(kQkvw, l), dqkv, ln1, accumulate_);
   ops_->bias_backward(gradient(kQkvb, l), dqkv, accumulate_);

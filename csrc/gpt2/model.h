@@ -67,7 +67,8 @@ class GPT2 {
   void forward(const int32_t* tokens, int64_t b, int64_t t);
 
   // Runs the model on n tokens behind those of the last forward or extend, which must have had one row: what attention
-  // needs of the positions before is still there, so it costs as much as n positions. No backward may follow.
+  // needs of the positions before is still there, so it costs as much as n positions; from recompute 3 on it is not, and
+  // all positions are computed again. No backward may follow.
   void extend(const int32_t* tokens, int64_t n);
 
   // Loss and gradients of the last forward against targets (b,t), which must be that forward's shape. The first of the
@@ -80,7 +81,7 @@ class GPT2 {
 
   // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host; rows of extend
   // follow those of the forward. Not after an
-  // update, nor at recompute 2 after a backward: what they are computed from is gone.
+  // update, nor from recompute 2 on after a backward: what they are computed from is gone.
   void logits(int64_t begin, int64_t end, float* out);
 
   // Throws what logits(begin, end, out) would throw, for callers that have yet to allocate out.
@@ -118,7 +119,7 @@ class GPT2 {
   // if it owns none of it.
   Tensor state(const std::string& name, const ParameterTensor& tensor);
   // Any buffer of the plan by name, at full size (B,T).
-  Tensor buffer(const std::string& name);
+  Tensor buffer(const std::string& name) { return view(plan_.buffer(name)); }
 
   // The whole parameters of a unit, as ParameterLayout has them: until the next call of the model. At stage 3 all ranks
   // take part.
@@ -150,16 +151,22 @@ class GPT2 {
   Tensor gradient(ParameterKind kind, int64_t layer = 0);
   // The rows of an activation that the current forward or backward computes, as (b·t, last): all that the batch uses, or
   // those of the tokens that extend added.
-  Tensor rows(const std::string& name);
+  Tensor rows(const std::string& name) { return rows(plan_.buffer(name)); }
+  Tensor rows(const Buffer& buffer);
   Tensor block_rows(int64_t layer, const char* name);
   Tensor block_lse(int64_t layer);
+  Tensor block_input(int64_t layer) { return layer == 0 ? rows("encoded") : block_rows(layer - 1, "residual3"); }
   Tensor shaped(Tensor rows) const;                        // (b·t, C) as (b, t, C)
   Tensor block_sequence(int64_t layer, const char* name);  // (b, t, last) of all positions, those before extend too
 
+  Tensor view(const Buffer& buffer);
   void allocate(Lifetime lifetime);
   void check_ids(const char* name, const int32_t* ids, int64_t b, int64_t t) const;
   void run_forward(const int32_t* tokens);
   void forward_block(int64_t layer);
+  void forward_attention(int64_t layer);             // from ln1
+  void forward_attention_projection(int64_t layer);  // to ln2
+  void forward_fc(int64_t layer);                    // to the GELU
   void backward_block(int64_t layer);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);

@@ -71,6 +71,12 @@ const char* name_of(Lifetime lifetime) {
   return kNames[int(lifetime)];
 }
 
+const Buffer& Plan::block_buffer(int64_t layer, const std::string& name) const {
+  const auto own = index_.find("h" + std::to_string(layer) + "." + name);
+  if (own != index_.end()) return buffers[own->second];
+  return buffer(name == "ln1" || name == "ln2" ? "lnf" : name);
+}
+
 const Buffer& Plan::buffer(const std::string& name) const {
   const auto found = index_.find(name);
   LLMC_CHECK(found != index_.end(), "the memory plan has no buffer named %s", name.c_str());
@@ -120,24 +126,39 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   activation("targets", I32, {B, T});
   activation("token_order", I32, {B * T});
   activation("encoded", X, {B, T, C});
+  // What blocks compute, and the level of recomputation from which on one buffer serves all of them.
+  constexpr int kNever = 5;
+  const struct {
+    const char* name;
+    DType dtype;
+    std::vector<int64_t> shape;
+    int shared_from;
+  } block[] = {
+      {"ln1", X, {B, T, C}, 2},
+      {"ln1_mean", F32, {B, T}, 4},
+      {"ln1_rstd", F32, {B, T}, 4},
+      {"qkv", X, {B, T, 3 * C}, 3},
+      {"atty", X, {B, T, C}, 4},
+      {"lse", F32, {B, NH, T}, 4},
+      {"residual2", X, {B, T, C}, 3},
+      {"ln2", X, {B, T, C}, 2},
+      {"ln2_mean", F32, {B, T}, 4},
+      {"ln2_rstd", F32, {B, T}, 4},
+      {"fch", X, {B, T, 4 * C}, 4},
+      {"fch_gelu", X, {B, T, 4 * C}, 1},
+      {"residual3", X, {B, T, C}, kNever},
+  };
   for (int64_t l = 0; l < config.num_layers; l++) {
-    const std::string h = "h" + std::to_string(l) + ".";
-    if (r < 2) activation(h + "ln1", X, {B, T, C});
-    activation(h + "ln1_mean", F32, {B, T});
-    activation(h + "ln1_rstd", F32, {B, T});
-    activation(h + "qkv", X, {B, T, 3 * C});
-    activation(h + "atty", X, {B, T, C});
-    activation(h + "lse", F32, {B, NH, T});
-    activation(h + "residual2", X, {B, T, C});
-    if (r < 2) activation(h + "ln2", X, {B, T, C});
-    activation(h + "ln2_mean", F32, {B, T});
-    activation(h + "ln2_rstd", F32, {B, T});
-    activation(h + "fch", X, {B, T, 4 * C});
-    if (r < 1) activation(h + "fch_gelu", X, {B, T, 4 * C});
-    activation(h + "residual3", X, {B, T, C});
+    for (const auto& tensor : block) {
+      if (r < tensor.shared_from) activation("h" + std::to_string(l) + "." + tensor.name, tensor.dtype, tensor.shape);
+    }
   }
-  if (r >= 1) activation("fch_gelu", X, {B, T, 4 * C});
-  activation("lnf", X, {B, T, C});  // with recompute 2 also the output of every other layernorm
+  for (const auto& tensor : block) {
+    const std::string name = tensor.name;
+    const bool in_lnf = name == "ln1" || name == "ln2";  // which is theirs, too (block_buffer)
+    if (r >= tensor.shared_from && !in_lnf) activation(name, tensor.dtype, tensor.shape);
+  }
+  activation("lnf", X, {B, T, C});
   activation("lnf_mean", F32, {B, T});
   activation("lnf_rstd", F32, {B, T});
   activation("losses", F32, {B, T});

@@ -33,6 +33,9 @@ struct Plan {
 
   const Buffer& buffer(const std::string& name) const;
 
+  // What a block computes, by the name that follows "h0." where each block has its own; else the one of all blocks.
+  const Buffer& block_buffer(int64_t layer, const std::string& name) const;
+
  private:
   friend Plan plan(const GPT2Config& config, const Options& options, int world_size);
   std::map<std::string, size_t> index_;
