@@ -37,13 +37,14 @@ from benchmark_contenders import Contender, Program, Worker
 
 from llmc.cli import Parser, run
 from llmc.errors import UsageError
+from llmc.lab.limits import COPY_BYTES, copy_rate
+from llmc.lab.report import check_chart, check_csv
 
 CASES = ["d12:4x64", "d12:4x256", "d12:1x1024", "chess:d8:4x256", "custom:l=4,c=128,h=4,t=64,v=65:12x64"]
 CASES += ["d12:sample256"]
 PEERS = list(Training.peers | Sampling.peers)
 COLUMNS = ["date", "machine", "threads", "torch", "command", "case", "contender"]
 COLUMNS += ["flops_per_step", "peak_gflops", "copy_gbs", "median_ms", "peak_mib"]
-COPY_BYTES = 2**28  # far more than the caches hold
 BYTES_PER_PARAMETER = 16  # weight, gradient, m and v in fp32, which all contenders hold
 SMALL = 0.005  # share of a step or text below which an operation has no line of its own
 
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     programs = dict(parse_program(text, cases) for text in args.llm_c)
     peers = available(args.peers, cases)
     if args.csv:
-        check_csv(args.csv)
+        check_csv(args.csv, COLUMNS)
     if args.chart:
         check_chart(args.chart)
     threads = args.threads or torch.get_num_threads()
@@ -170,7 +171,7 @@ def measure(case: Case, peers: list[str], program: Path | None, threads: int, ro
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             peaks.append(_C.peak_flops())
-            bandwidths.append(copy_bandwidth(source, target))
+            bandwidths.append(copy_rate(source, target))
             for name, contender in contenders.items():
                 seconds[name] += contender.ask(turn)
         rows = [Row(name, statistics.median(seconds[name]), contenders[name].peak_memory()) for name in contenders]
@@ -195,12 +196,6 @@ def start(case: Case, peers: list[str], program: Path | None, threads: int) -> I
             yield name, Worker(name, case.peers[name], case, threads)
     if program:
         yield "llm.c", Program(program)
-
-
-def copy_bandwidth(source: torch.Tensor, target: torch.Tensor) -> float:
-    started = time.perf_counter()
-    target.copy_(source)
-    return (source.nbytes + target.nbytes) / (time.perf_counter() - started)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -260,14 +255,6 @@ def report_operations(measurement: Measurement) -> None:
     print(f"{'between them':{width}}{'':7}{between * 1e3:10.3f}{between / whole:9.1%}", flush=True)
 
 
-def check_csv(path: Path) -> None:
-    """Before the long measurement: can the results be appended?"""
-    with open(path, "a+", newline="") as file:
-        file.seek(0)
-        if next(csv.reader(file), COLUMNS) != COLUMNS:
-            raise UsageError(f"--csv {path}: the file has other columns than this benchmark: give another name")
-
-
 def append(path: Path, measurement: Measurement, threads: int, command: str) -> None:
     machine_name = f"{machine.cpu_name()} {platform.machine()}"
     case = measurement.case
@@ -280,14 +267,6 @@ def append(path: Path, measurement: Measurement, threads: int, command: str) -> 
             limits = [f"{measurement.peak / 1e9:.1f}", f"{measurement.bandwidth / 1e9:.1f}"]
             results = [f"{row.seconds * 1e3:.3f}", f"{row.memory / 2**20:.0f}"]
             writer.writerow([*circumstances, case.name, row.contender, case.flops, *limits, *results])
-
-
-def check_chart(path: Path) -> None:
-    """Before the long measurement: can it be drawn?"""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--chart needs matplotlib: pip install matplotlib")
-    if not path.parent.is_dir():
-        raise UsageError(f"--chart {path}: there is no directory {path.parent}")
 
 
 def draw(path: Path, measurements: list[Measurement], threads: int) -> None:
