@@ -18,7 +18,16 @@ else:
     import tomli as tomllib
 
 HEADER = "# Settings of a run of llmc-train; llmc-train --config FILE repeats it."
-PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+
+
+def parse_yaml(text: str) -> Any:
+    """Without references: a list of settings needs none, and a few lines of them can stand for more than the memory."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise ValueError("it refers to another place with *, write the value itself")
+    return yaml.safe_load(text)
+
+
+PARSERS = {".toml": tomllib.loads, ".yaml": parse_yaml, ".yml": parse_yaml}
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -40,10 +49,10 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def read_setting(path: str, key: object, value: object) -> tuple[str, Any]:
-    entry = TABLE.get("--" + str(key).replace("_", "-"))
+    entry = TABLE.get("--" + text_of(key).replace("_", "-"))
     if entry is None:
         raise UsageError(
-            f"--config {show(path)}: unknown setting {str(key)!r}; they are the long flags of --help without dashes"
+            f"--config {show(path)}: unknown setting {text_of(key)!r}; they are the long flags of --help without dashes"
         )
     if not isinstance(value, str | int | float):
         raise UsageError(f"--config {show(path)}: {key} must be one value, not a {type(value).__name__}")
@@ -51,9 +60,14 @@ def read_setting(path: str, key: object, value: object) -> tuple[str, Any]:
         kind = f"{show(entry.default)} or the like, not {str(value).lower()}"
         raise UsageError(f"--config {show(path)}: {key} must be {kind}")
     try:
-        return entry.name, read_value(entry, str(int(value)) if isinstance(value, bool) else str(value))
+        return entry.name, read_value(entry, str(int(value)) if isinstance(value, bool) else text_of(value))
     except UsageError as error:
         raise UsageError(f"--config {show(path)}: {error}") from None
+
+
+def text_of(value: object) -> str:
+    """As on the command line. A number of more digits than Python writes, which hexadecimal ones may have, stays so."""
+    return f"{value:#x}" if isinstance(value, int) and value.bit_length() > 64 else str(value)
 
 
 def write_config_file(path: str | os.PathLike[str], config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ transpose of ours, and its embedding has no rows of padding.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -57,9 +58,12 @@ def read_config(path: Path) -> tuple[ModelShape, dict[str, Any]]:
     """Return sizes and content of config.json `path`. RunError unless our GPT-2 computes what it describes."""
     config = read_json(path)
     architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if model_type not in ("gpt2", None) or (ARCHITECTURE not in architectures and (architectures or not model_type)):
-        named = ", ".join(map(str, architectures)) or "no architecture"
-        raise RunError(f"{path} names {named}, model_type {model_type}: only a {ARCHITECTURE} can be converted")
+        named = ", ".join(map(json_text.shown, architectures[:3])) or "no architecture"
+        kind = json_text.shown(model_type)
+        raise RunError(f"{path} names {named}, model_type {kind}: only a {ARCHITECTURE} can be converted")
     sizes = {key: config.get(key, default) for key, default in SIZES.items()}
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value <= models.MAX_SIZE:
@@ -209,13 +213,18 @@ def weight_files(directory: Path, origin: str) -> list[Path]:
     if not index.is_file():
         raise RunError(f"{origin} has no {WEIGHTS}; {way_out_of_pickle(origin)}")
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(names, dict) or not names or not all(map(is_file_name, names.values())):
         raise RunError(f"{index} is damaged: its weight_map does not say which files there are")
     files = [directory / name for name in sorted(set(names.values()))]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file() would raise for a name that is too long
             raise RunError(f"{index} names {file.name}, which is not beside it: copy or download it, too")
     return files
+
+
+def is_file_name(name: object) -> bool:
+    """False also for a path: only what lies beside the index is read."""
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def way_out_of_pickle(origin: str) -> str:

@@ -43,13 +43,17 @@ def read_tokens(directory: Path) -> dict[int, bytes]:
         ids, literal = read_json(vocabulary), read_json(added) if added.is_file() else {}
     else:
         raise NoTokenizer("the source has no tokenizer.json, and no vocab.json with merges.txt")
+    if not all(type(id) is int for id in (*ids.values(), *literal.values())):
+        raise NoTokenizer("its vocabulary has ids that are no whole numbers")
     try:
         # What was added is looked for in the text itself, before its bytes become characters.
         bytes_of = byte_of_character()
         tokens = {id: bytes(bytes_of[sign] for sign in token) for token, id in ids.items() if token not in literal}
+        return {**tokens, **{id: token.encode() for token, id in literal.items()}}
     except KeyError as error:
         raise NoTokenizer(f"the character {error.args[0]!r} in its vocabulary stands for no byte") from None
-    return {**tokens, **{id: token.encode() for token, id in literal.items()}}
+    except UnicodeEncodeError as error:
+        raise NoTokenizer(f"its added token {error.object!r} is no Unicode text") from None
 
 
 def byte_level(path: Path) -> tuple[dict[str, int], dict[str, int]]:
@@ -62,8 +66,8 @@ def byte_level(path: Path) -> tuple[dict[str, int], dict[str, int]]:
         decoder, model = content["decoder"], content["model"]
         steps = {step["type"] for step in (decoder, *decoder.get("decoders", ()))}
         if model.get("type", "BPE") == "BPE" and "ByteLevel" in steps:
-            return model["vocab"], {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-    except (AttributeError, KeyError, TypeError):  # another tokenizer's file, or none at all
+            return dict(model["vocab"]), {str(entry["content"]): entry["id"] for entry in content["added_tokens"]}
+    except (AttributeError, KeyError, TypeError, ValueError):  # another tokenizer's file, or none at all
         pass
     raise NoTokenizer(f"{path.name} describes no byte-level BPE")
 

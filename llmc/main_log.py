@@ -15,7 +15,7 @@ JSON_LOG = "main.jsonl"  # in the output directory, with --json-log 1
 
 NUMBER = r"-?(?:[0-9]+(?:\.[0-9]+)?(?:e[-+][0-9]+)?|nan|inf)"
 LINE = re.compile(
-    rf"s:(?P<step>[0-9]+) (?:tel:(?P<val_loss>{NUMBER})|eval:(?P<hellaswag>{NUMBER})"
+    rf"s:(?P<step>[0-9]{{1,18}}) (?:tel:(?P<val_loss>{NUMBER})|eval:(?P<hellaswag>{NUMBER})"
     rf"|trl:(?P<loss>{NUMBER})(?: lr:(?P<lr>{NUMBER}) norm:(?P<norm>{NUMBER}))?)"
 )
 
@@ -72,10 +72,15 @@ def read_record(path: Path, number: int, line: str) -> dict[str, float]:
     except ValueError:
         record = None
     numbers = {key: value for key, value in record.items() if value is not None} if isinstance(record, dict) else {}
-    right = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers.values())
+    right = all(map(is_number, numbers.values()))
     if not right or not isinstance(numbers.get("step"), int) or numbers["step"] < 0:
         raise damaged(path, number, line, 'of a JSON log, such as {"step": 20, "tokens": 10240, "val_loss": 3.5}')
     return numbers
+
+
+def is_number(value: object) -> bool:
+    """False also for whole numbers that are too large for most of the things that are done with numbers."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def complete_lines(path: Path) -> tuple[list[str], list[str]]:

@@ -351,7 +351,10 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True  # the package does not pickle it
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises nothing narrower
+            raise RunError(f"{self._path} cannot encode a text: {error}") from error
         return np.array(ids, dtype=self._dtype)
 
     def token_bytes(self) -> list[bytes]:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -221,6 +222,14 @@ REFUSED = [  # file, its text, what the message must contain
     ("a.yaml", "model: 2024-01-01", "model must be one value, not a date"),
     ("a.yaml", "1: d12", "--config a.yaml: unknown setting '1';"),
     ("a.yaml", "- d12", "--config a.yaml: it must hold one setting per line, such as batch-size = 4"),
+    ("a.yaml", "model: &a d12\nval-data: *a", "a.yaml is not valid YAML: it refers to another place with *"),
+    (
+        "a.yaml",  # a line more would double what it stands for
+        "m: &m {x: 1}\n" + "".join(f"{c}: &{c} {{<<: [*{p}, *{p}]}}\n" for p, c in pairwise("mabcdefghijk")),
+        "a.yaml is not valid YAML: it refers to another place with *",
+    ),
+    ("a.toml", f"seed = 0x{'f' * 5000}", "--config a.toml"),
+    ("a.yaml", f"seed: 0x{'f' * 5000}", "--config a.yaml"),
     ("a.yaml", "d12", "--config a.yaml: it must hold one setting per line"),
     ("a.yaml", "3", "--config a.yaml: it must hold one setting per line"),
     ("a.yaml", "batch-size: 4\nmodel: 'd12", "--config a.yaml is not valid YAML"),

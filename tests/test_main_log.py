@@ -69,6 +69,7 @@ DAMAGED = [
         "s:1 tel:0x10",
         "step 1 tel:1.0",
         "s:٣ tel:1.0",
+        f"s:{'9' * 5000} tel:1.0",  # more digits than Python turns into a number
     ),
 ]
 
@@ -123,6 +124,7 @@ def test_json_log(tmp_path):
 DAMAGED_JSON = [
     *("", "{", "[1]", "1", '{"loss": 1.0}', '{"step": 1.5}', '{"step": -1}', '{"step": true}', '{"step": "1"}'),
     *('{"step": 1, "loss": "2.0"}', '{"step": 1, "loss": [2.0]}', '{"step": null}', "s:0 tel:1.0", "[" * 100_000),
+    *(f'{{"step": {2**63}}}', f'{{"step": 1, "tokens": {10**400}}}', f'{{"step": 1, "loss": {"9" * 5000}}}'),
 ]
 
 

@@ -18,6 +18,8 @@ from llmc.data.consumed import NOTHING, Consumed, consumed_by, contains
 from llmc.data.shards import find_shards, read_shard
 from llmc.errors import RunError
 
+MAX_EPOCHS_APART = 1000  # of ranks that compute the same number of batches
+
 
 @dataclass(frozen=True)
 class LoaderState:
@@ -137,6 +139,9 @@ class DataLoader:
                     f"{sources[0]} with -b {states[0].B} -t {states[0].T}: put the right file back"
                 )
             self._check_position(state, source, samples)
+            epochs = {states[0].epoch, state.epoch, *state.consumed}
+            if max(epochs) - min(epochs) > MAX_EPOCHS_APART:
+                raise RunError(f"{source} is damaged: it knows of the epochs {min(epochs)} and {max(epochs)} at once")
         self._begin()
         if self.shuffle:
             self.epoch = min(state.epoch for state in states)

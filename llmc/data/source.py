@@ -20,7 +20,11 @@ from llmc.errors import RunError
 
 CHUNK_BYTES = 1_000_000
 MAX_MEMBER_BYTES = 2**28  # of a file in an archive that is read as a whole: more is no text of ours
-ARCHIVE_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)  # of a damaged one
+# What tarfile raises for a damaged archive, by far not always as a TarError.
+ARCHIVE_ERRORS = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(tarfile.TarError, zlib.error, lzma.LZMAError),
+)
 
 
 class Source(NamedTuple):
@@ -140,7 +144,7 @@ def read_files(source: Path, pattern: str, expected: str) -> dict[str, bytes]:
         if source.is_dir():
             return {path.name: path.read_bytes() for path in source.rglob(PurePosixPath(pattern).name)}
         contents = {}
-        with tarfile.open(source) as archive:
+        with tarfile.open(source, "r|*") as archive:  # as a stream, so that nothing is allocated for what is not there
             for path, size, file in regular_members(archive):
                 if path.match(pattern):
                     if size > MAX_MEMBER_BYTES:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from llmc import json_text
 from llmc.binfile import atomic_write
 from llmc.data.shards import token_dtype, write_shard
 from llmc.errors import RunError
@@ -205,15 +206,16 @@ class _Unfinished:
 
     def _load(self) -> None:
         """Take over what an earlier run with the same fingerprint has left, or clear it away."""
-        with contextlib.suppress(OSError, ValueError):
-            journal = json.loads(self._journal.read_bytes())
-            same = journal["fingerprint"] == self.fingerprint
-            sizes = {split: journal["tokens"][split] * self.dtype.itemsize for split in SPLITS}
-            if same and all(os.path.getsize(self._path(split)) >= sizes[split] for split in SPLITS):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # a damaged journal
+            journal = json_text.parse(self._journal.read_bytes())
+            items, tokens = (numbers_of(journal[name], SPLITS) for name in ("items", "tokens"))
+            counts = {split: Counter(numbers_of(journal["counts"][split])) for split in SPLITS}
+            sizes = {split: tokens[split] * self.dtype.itemsize for split in SPLITS}
+            there = all(os.path.getsize(self._path(split)) >= sizes[split] for split in SPLITS)
+            if there and journal["fingerprint"] == self.fingerprint:
                 for split in SPLITS:
                     os.truncate(self._path(split), sizes[split])
-                self.items, self.num_tokens = journal["items"], journal["tokens"]
-                self.counts = {split: Counter(journal["counts"][split]) for split in SPLITS}
+                self.items, self.num_tokens, self.counts = items, tokens, counts
                 self.saved = True
                 say(f"going on in {self.directory}: {sum(self.num_tokens.values()):,} tokens are there")
                 return
@@ -234,6 +236,14 @@ class _Unfinished:
     @property
     def _journal(self) -> Path:
         return self.directory / "journal.json"
+
+
+def numbers_of(values: Any, names: Iterable[str] | None = None) -> dict[str, int]:
+    """Whole numbers from 0 of these names, of any if None; ValueError and others if that is not what they are."""
+    numbers = {name: values[name] for name in (values.keys() if names is None else names)}
+    if not all(type(number) is int and number >= 0 for number in numbers.values()):
+        raise ValueError("not the numbers of a journal")
+    return numbers
 
 
 @contextlib.contextmanager
