@@ -215,6 +215,12 @@ class GPT2:
     def grad_norm(self) -> float:
         """Global gradient norm of the last complete backward, before clipping."""
 
+    def vote(self, votes: Sequence[float]) -> None:
+        """What this rank has to say to all, until it says otherwise; averaged with the loss by a complete backward."""
+
+    def votes(self) -> list[float]:
+        """The averages over the ranks of the last complete backward, the same bits on all of them."""
+
     def parameters_finite(self) -> bool:
         """Whether all parameters that the last update wrote, on any rank, are finite."""
 

@@ -1,14 +1,18 @@
 """When a run writes its checkpoints, and what becomes of it when it cannot."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc import snapshot
 from llmc.checkpoint import Checkpoint, prune
 from llmc.errors import RunError
+from llmc.model_file import ITEM_BYTES
 
 if TYPE_CHECKING:
     from llmc.prepare import Run
+
+SLOW_DISK = 100e6  # bytes per second
 
 
 class CheckpointWriter:
@@ -17,6 +21,8 @@ class CheckpointWriter:
     def __init__(self, run: "Run", directory: Path) -> None:
         self.run, self.directory = run, directory
         self.problem = ""  # why the newest one was not written
+        self.seconds = expected_seconds(run)  # that the slowest one took, once there is one
+        self._tries = 0
         self.damaged = {passed.checkpoint.step for passed in run.passed_over}  # by what was found at the start
 
     def write(self, step: int) -> None:
@@ -24,9 +30,17 @@ class CheckpointWriter:
 
         A full disk or the like is no reason to end the run: the older checkpoints stay, and the next one may succeed.
         """
-        run, config = self.run, self.run.config
+        run = self.run
         if run.resumed and step == run.resumed.step:
             return  # it came from there
+        started = time.perf_counter()
+        self._write(step)
+        seconds = time.perf_counter() - started
+        self.seconds = max(seconds, self.seconds) if self._tries > 0 else seconds
+        self._tries += 1
+
+    def _write(self, step: int) -> None:
+        config, run = self.run.config, self.run
         self.problem = snapshot.save(
             Checkpoint(self.directory, step),
             run.shape,
@@ -57,3 +71,9 @@ class CheckpointWriter:
         """RunError if the last checkpoint is not there."""
         if self.problem:
             raise RunError(f"the last checkpoint is missing: {self.problem}")
+
+
+def expected_seconds(run: "Run") -> float:
+    """For the first checkpoint, on a slow disk."""
+    parts = run.ranks.size if run.model.options.zero_stage > 0 else 1
+    return run.shape.num_parameters * (ITEM_BYTES[run.precision] + 12 / parts) / SLOW_DISK

@@ -12,6 +12,7 @@ from llmc.data.eval_file import NUM_COMPLETIONS
 from llmc.errors import UsageError
 from llmc.outliers import MAX_Z
 from llmc.schedule import SCHEDULERS
+from llmc.wall_time import FORMATS, read_wall_time
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -43,6 +44,7 @@ def one_of(*choices: Any) -> Rule:
 ANY = Rule("", lambda value: True)
 NOT_EMPTY = Rule("a name or pattern", lambda value: value != "")
 FRACTION = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+MAX_TIME = Rule(f"a time in {FORMATS}, or ''", lambda value: value == "" or bool(read_wall_time(value)))
 JSON_LOG = Rule("a file name, 1 for main.jsonl in -o, or '' for none", lambda value: value != "0")
 # The newest of n values has a z-score of the root of n - 1 at most, so a higher threshold would never act.
 Z_SCORE = Rule(f"between 0 and {MAX_Z:.2f}, the largest possible z-score", lambda value: 0 <= value <= MAX_Z)
@@ -101,6 +103,13 @@ class TrainConfig:
         "-d", -1, "batch", minus_one_or(1), "tokens per step, a multiple of B*T*processes; -1: B*T*processes"
     )
     max_steps: int = flag("-x", -1, "workload", minus_one_or(0), "optimizer steps; 0: evaluate only, -1: one epoch")
+    max_time: str = flag(
+        "",
+        "",
+        "workload",
+        MAX_TIME,
+        "end with a checkpoint (-n) before so much time has passed, such as 3:55:00; '': no limit",
+    )
     scheduler: str = flag("-k", "cosine", "optimization", one_of(*SCHEDULERS), "learning rate scheduler")
     learning_rate: float = flag("-l", 3e-4, "optimization", at_least(0), "peak learning rate")
     warmup_steps: int = flag("-u", 0, "optimization", at_least(0), "steps of linear warm-up")

@@ -75,6 +75,10 @@ def batch_report(run: Run) -> str:
         )
     if run.resumed and run.resumed.has_master and run.precision == "bf16" and not config.master_weights:
         lines += warning("-w 0: the master weights of the checkpoint are left aside")
+    if config.max_time and not (config.output_dir and config.checkpoint_every > 0):
+        lines += warning(
+            f"--max-time {config.max_time} will end the run without a checkpoint: only -o and -n write them"
+        )
     for passed in run.passed_over:
         lines += warning(f"passing over {passed.checkpoint.done}: {passed.problem}")
     if config.resume:

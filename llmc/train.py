@@ -16,13 +16,16 @@ from llmc.prepare import Run, prepare
 from llmc.ranks import Ranks
 from llmc.report import batch_report, memory_report, parameter_table
 from llmc.sample import print_sample
+from llmc.stop import StopRequest
 from llmc.trackers import check_trackers, open_trackers
+from llmc.wall_time import WallTime, read_wall_time
 
 
-def train(config: TrainConfig, ranks: Ranks) -> None:
-    """Train as `config` says. Raises UsageError or RunError; those of the preparation leave the disk as it was.
+def train(config: TrainConfig, ranks: Ranks) -> bool:
+    """Train as `config` says; False if a signal or --max-time ended the run before its last step.
 
-    All ranks run this; what is printed here is shown for rank 0 only.
+    Raises UsageError or RunError; those of the preparation leave the disk as it was. All ranks run this; what is
+    printed here is shown for rank 0 only.
     """
     if ranks.rank == 0:
         check_trackers(config)
@@ -35,15 +38,19 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         with open_trackers(config, ranks.rank, run.start_step, run.tokens_per_step) as tracker:
             logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume, tracker=tracker)
             print(memory_report(run), flush=True)
-            take_steps(run, output_dir, logger)
+            stop = StopRequest()
+            with stop.listening():
+                return take_steps(run, output_dir, logger, stop)
 
 
-def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
-    """From the first step of the run to its end."""
+def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequest) -> bool:
+    """From the first step of the run to its end; False if it is asked to end earlier."""
     config, ranks = run.config, run.ranks
     checkpoints = CheckpointWriter(run, output_dir) if output_dir and config.checkpoint_every > 0 else None
     progress = Progress()
     throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops, ranks.size)
+    wall_time = WallTime(read_wall_time(config.max_time))
+    stopped = False
 
     for step in range(run.start_step, run.num_steps + 1):
         last = step == run.num_steps
@@ -59,6 +66,7 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
             checkpoints.write(step)
         if last:
             break
+        wall_time.before_step()
 
         started = time.perf_counter()
         if config.overfit_one_batch:
@@ -69,6 +77,7 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
                 show(f"step {step + 1}/{run.num_steps}: micro-batch {micro_step + 1}/{run.accumulation_steps}")
                 inputs, targets = run.train_loader.next_batch()
                 run.model.forward(inputs)
+                run.model.vote([wants_to_stop(run, stop, wall_time, checkpoints), 0])
                 run.model.backward(targets, micro_step, run.accumulation_steps)
             result = update(run, step, learning_rate, progress)
         seconds = time.perf_counter() - started
@@ -92,12 +101,34 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger) -> None:
         logger.training(report)
         if run.telemetry and due(step + 1, config.log_gpu_every):  # llm.c counts steps from 1 here
             print(run.telemetry.line(), flush=True)
+        wall_time.after_step()
+        if run.model.votes()[0] > 0 or (ranks.size == 1 and wants_to_stop(run, stop, wall_time, checkpoints)):
+            stopped = True
+            end_early(run, step + 1, stop, checkpoints)
+            break
 
     if throughput.steps > 0:
         print(f"total average iteration time: {throughput.average_ms():f} ms")
     if checkpoints:
         checkpoints.finish()
     logger.close()
+    return not stopped
+
+
+def wants_to_stop(run: Run, stop: StopRequest, wall_time: WallTime, checkpoints: CheckpointWriter | None) -> bool:
+    """Whether this rank has heard a signal, or, as rank 0, sees the end of --max-time."""
+    seconds = checkpoints.seconds if checkpoints else 0.0
+    return stop.reason != "" or (run.ranks.rank == 0 and wall_time.is_near(seconds))
+
+
+def end_early(run: Run, step: int, stop: StopRequest, checkpoints: CheckpointWriter | None) -> None:
+    """Save the run as it is before `step`, and say why it ends."""
+    reason = run.ranks.first_problem(stop.reason, "why to stop") or f"--max-time {run.config.max_time}"
+    print(f"{reason}: stopping after step {step}/{run.num_steps}", flush=True)
+    if checkpoints:
+        checkpoints.write(step)
+    else:
+        print("there is no checkpoint to go on from: only runs with -o and -n write them", flush=True)
 
 
 def due(step: int, every: int, also_at_0: bool = False) -> bool:

@@ -23,6 +23,7 @@ from llmc.errors import RunError
 from llmc.failure import describe
 from llmc.meeting import Deadline, Member
 from llmc.ranks import TIMEOUT
+from llmc.stop import INTERRUPTED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 # Rank 0 says READY when all are connected, and GOODBYE when all have said DONE. Anything else is JSON: a failure,
 # [status, line], to rank 0, and the status to leave with from rank 0.
 READY, DONE, GOODBYE = b"ready", b"done", b"goodbye"
-INTERRUPTED = 130
 OTHER_REPORTS = 1.0  # seconds that a failure waits for those of the other ranks: is it the same everywhere?
 LEAVING = 2.0  # seconds that rank 0 lets the others leave before it
 GRACE = 2.0  # seconds after Ctrl-C in which the main thread should have noticed it
@@ -101,14 +101,19 @@ class Watch:
             return  # the main thread waits for self._ready in vain
         keep_alive(self._connection)
         self._connection.send_bytes(str(self._me.rank).encode())
-        timeout = None
+        timeout, interrupts = None, 0
         while True:
             ready = wait([self._connection, self._interrupts], timeout)
             if not ready:
                 self._report(INTERRUPTED, "interrupted")
                 timeout = None
-            if self._interrupts in ready and signal.SIGINT in os.read(self._interrupts, 64):
-                timeout = GRACE
+            if self._interrupts in ready and (more := os.read(self._interrupts, 64).count(signal.SIGINT)):
+                interrupts += more
+                # A run that listens (stop.py) takes the first one as a request, and the second one ends it at once.
+                if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                    timeout = GRACE
+                elif interrupts >= 2:
+                    timeout = 0.0
             if self._connection in ready:
                 try:
                     message = self._connection.recv_bytes()

@@ -63,6 +63,7 @@ CHANGED = TrainConfig(
     seq_len=333,
     total_batch_size=2331,
     max_steps=12,
+    max_time="1-12:30",
     scheduler="wsd",
     learning_rate=1e-05,
     warmup_steps=3,

@@ -256,9 +256,7 @@ def fail_alone_never(ranks):
 PROGRAM = """
 import sys
 import torch
-from ranks_testing import Processes
-
-from llmc import cli, machine
+from llmc import cli
 from llmc.config import TrainConfig
 from llmc.launch import launch
 def main(_):

@@ -288,6 +288,10 @@ void register_model(py::module_& module) {
       .def("loss", &GPT2::loss, no_gil, "Mean loss over the micro-steps (and ranks) of the last complete backward.")
       .def("grad_norm", &GPT2::grad_norm, no_gil,
            "Global gradient norm of the last complete backward, before clipping.")
+      .def("vote", &GPT2::vote, "votes"_a,
+           "What this rank has to say to all, until it says otherwise; averaged with the loss by a complete backward.")
+      .def("votes", &GPT2::votes, no_gil,
+           "The averages over the ranks of the last complete backward, the same bits on all of them.")
       .def("parameters_finite", &GPT2::parameters_finite, no_gil,
            "Whether all parameters that the last update wrote, on any rank, are finite.")
       .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)

@@ -327,7 +327,8 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   reduce_gradients(0, last);
   if (last) {
     const Tensor loss_sum = buffer("loss_sum");
-    ops_->sum(loss_sum, losses);
+    ops_->sum(slice_elements(loss_sum, 0, 1), losses);
+    if (comm_->size() > 1) ops_->upload(slice_elements(loss_sum, 1, 1 + kNumVotes), votes_.data());
     last_ticket_ = comm_->all_reduce_average(loss_sum, "loss");
     for (WorkingUnit& there : reduced_) collect_gradients(there);
     wait_for_ranks();

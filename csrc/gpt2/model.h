@@ -103,6 +103,13 @@ class GPT2 {
   float loss();
   float grad_norm();
 
+  // What this rank has to say to all of them, until it says otherwise; 0 at first. A complete backward averages it over
+  // the ranks together with the loss, so it costs no time; votes() are the averages of the last one, the same bits on all
+  // ranks, and wait for the device.
+  using Votes = std::array<float, kNumVotes>;
+  void vote(const Votes& votes) { votes_ = votes; }
+  Votes votes();
+
   // Whether all parameters that the last update wrote, on any rank, are finite. Waits for the device.
   bool parameters_finite();
 
@@ -215,6 +222,7 @@ class GPT2 {
   int64_t loss_rows_ = 0;              // b·t of the current step's micro-batches
   int64_t micro_steps_done_ = 0;       // of the current step
   int64_t accumulation_steps_ = 0;     // of the current step
+  Votes votes_{};                      // of this rank
   bool accumulate_ = false;            // the current backward adds to what is in the gradients
   bool backward_allowed_ = false;      // the activations are those of a forward that had no backward yet
   bool logits_allowed_ = false;        // lnf is that of the last forward, and of the current parameters

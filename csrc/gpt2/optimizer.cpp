@@ -22,7 +22,7 @@ void GPT2::compute_grad_norm(float grad_clip) {
     }
     sum_of_squares_ready_ = true;
   }
-  ops_->clip_scale(buffer("grad_norm"), buffer("grad_scale"), sum, buffer("loss_sum"), grad_clip);
+  ops_->clip_scale(buffer("grad_norm"), buffer("grad_scale"), sum, slice_elements(buffer("loss_sum"), 0, 1), grad_clip);
 }
 
 void UpdateOptions::validate() const {
@@ -130,8 +130,18 @@ float GPT2::loss() {
   float sum;
   const OnDevice on_device(*ops_);
   finish_collectives();
-  ops_->download(&sum, buffer("loss_sum"));
+  ops_->download(&sum, slice_elements(buffer("loss_sum"), 0, 1));
   return sum / (float(loss_rows_) * float(accumulation_steps_));
+}
+
+GPT2::Votes GPT2::votes() {
+  LLMC_CHECK(gradients_complete_, "the votes of a step need the last micro-step's backward first");
+  if (comm_->size() == 1) return votes_;
+  Votes averages;
+  const OnDevice on_device(*ops_);
+  finish_collectives();
+  ops_->download(averages.data(), slice_elements(buffer("loss_sum"), 1, 1 + kNumVotes));
+  return averages;
 }
 
 float GPT2::grad_norm() {

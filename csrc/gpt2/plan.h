@@ -12,6 +12,8 @@
 
 namespace llmc {
 
+constexpr int64_t kNumVotes = 2;  // of each rank: see GPT2::vote
+
 // One allocation is made per lifetime, when it is first needed: sampling and evaluation never allocate gradients.
 enum class Lifetime { Parameters, Gradients, Optimizer, Activations };
 constexpr int kNumLifetimes = 4;

@@ -44,7 +44,10 @@ def _main(argv: list[str]) -> None:
         dry_run(command.config, command.memory_gib, command.roofline)
     else:
         from llmc.launch import launch
+        from llmc.stop import STOPPED
         from llmc.train import train
 
         with launch(command.config) as ranks:
-            train(command.config, ranks)
+            complete = train(command.config, ranks)
+        if not complete:
+            sys.exit(STOPPED)
