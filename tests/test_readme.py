@@ -14,6 +14,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "scripts/README.md",
+    ROOT / "examples/layernorm/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -329,6 +329,7 @@ void check_global(const Current& access) {
     report_uninitialised(access);
   }
   if (access.kind != AccessKind::Read) mark_initialised(p, access.bytes);
+  count_traffic(p, access.bytes, access.kind != AccessKind::Read, access.site, block_begin);
   check_cells(arena_cell(reinterpret_cast<uintptr_t>(p)), access);
 }
 

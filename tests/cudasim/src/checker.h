@@ -12,6 +12,8 @@ void start_checking();
 enum class AccessKind { Read, Write, Atomic };
 // An access by instrumented code, in a kernel or on the host. Does not return if the kernel cannot go on.
 void check_access(const volatile void* p, size_t bytes, AccessKind kind, const void* pc);
+// Each of them to device memory (traffic.cpp). block: different in each of them and in each launch.
+void count_traffic(const volatile void* p, size_t bytes, bool write, unsigned site, uint64_t block);
 
 // Device memory as copies and libraries use it.
 void mark_initialised(const void* p, size_t bytes);

@@ -26,6 +26,13 @@ void cudasim_set_lazy(int lazy);
 // Bytes of shared memory a block may opt in to: 99 KiB (compute capability 8.9) or 227 KiB (9.0, the default).
 void cudasim_set_shared_memory(int bytes);
 
+// 1: counts the accesses to device memory of the checked kernels that run from now on, from zero. 0: stops.
+void cudasim_count_traffic(int count);
+
+// What was counted (src/traffic.cpp), valid until the next call: a line for reads and one for writes, tabs between
+//   read|written REQUESTS SECTORS DIFFERENT_SECTORS
+const char* cudasim_traffic(void);
+
 // Whether p points into the simulator's device memory.
 int cudasim_is_device_pointer(const void* p);
 
