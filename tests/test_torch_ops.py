@@ -268,6 +268,15 @@ def test_any_layout(name: str, dtype: torch.dtype) -> None:
             assert torch.equal(ours, theirs)
 
 
+def test_kernels_get_what_cuda_demands() -> None:
+    """Neither the CPU nor the simulator would mind an address that is no multiple of 16."""
+    x = values(3, 8, seed=1)
+    for other in (moved(x), transposed(x), moved(transposed(x))):
+        found = ops.ready(other)
+        assert found.is_contiguous() and found.data_ptr() % 16 == 0 and torch.equal(found, other)
+    assert ops.ready(x) is x
+
+
 def transposed(x: Tensor) -> Tensor:
     return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.dim() > 1 else x
 
