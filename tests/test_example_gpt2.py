@@ -56,6 +56,21 @@ def test_compiled_losses_follow_the_core(example: ModuleType) -> None:
     check_losses(example, "fp32", steps=3, compiled=True)
 
 
+def test_one_graph_for_all_shapes(example: ModuleType) -> None:
+    """Compiled for dynamic shapes; the operators alone decide what is computed, so that the bits are the same."""
+    _, model = example.twins(SHAPE, B, T, "fp32", "cpu")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, length in ((2, 8), (3, 17), (1, 41)):
+        tokens = torch.randint(SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(rows))
+        results = []
+        for forward in (compiled, model):
+            model.zero_grad()
+            loss = forward(tokens, tokens)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_losses_on_cuda(example: ModuleType, cuda, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the simulator beside the step of the CPU, on a GPU beside that of the GPU."""

@@ -184,20 +184,27 @@ def time_in_turn(
     size = sum(map(bytes_of, arguments.values()))
     sets = [clone(arguments) for _ in range(min(MAX_SETS, max(1, SETS_BYTES // size)))]
     calls = {contender.name: [contender.prepare(own) for own in sets] for contender in contenders}
+    marker = marker_of(arguments)
+
+    def one_round() -> Iterator[tuple[str, float]]:
+        for name, run in calls.items():
+            restore(operation, sets, arguments)
+            yield name, time_calls(run, marker)
+
+    for _ in one_round():  # to warm up
+        pass
     times: dict[str, list[float]] = {name: [] for name in calls}
-    marker = next(x for x in arguments.values() if bytes_of(x))
-    marker = marker[0] if isinstance(marker, list) else marker
-    for warm_up in (True, False):
-        deadline = time.perf_counter() + seconds * len(contenders)
-        while warm_up or len(times["llmc"]) < MIN_ROUNDS or time.perf_counter() < deadline:
-            for name, run in calls.items():
-                restore(operation, sets, arguments)
-                passed = time_calls(run, marker)
-                if not warm_up:
-                    times[name].append(passed)
-            if warm_up:
-                break
+    deadline = time.perf_counter() + seconds * len(contenders)
+    while len(times["llmc"]) < MIN_ROUNDS or time.perf_counter() < deadline:
+        for name, passed in one_round():
+            times[name].append(passed)
     return times
+
+
+def marker_of(arguments: Arguments) -> Tensor:
+    """A tensor of theirs, which tells the device."""
+    values = (value[0] if isinstance(value, list) else value for value in arguments.values())
+    return next(value for value in values if isinstance(value, Tensor))
 
 
 def time_calls(calls: list[Callable[[], Any]], marker: Tensor) -> float:
