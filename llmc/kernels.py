@@ -21,6 +21,7 @@ Operation = Literal["all_reduce", "reduce_scatter", "all_gather"]
 CUBLAS, MEMSET = "cuBLASLt", "memset"  # what stands for the name of a kernel
 
 MAX_TENSORS = 64  # of a reduction's launch, kMaxTensors in csrc/cuda/reduce.cu
+MAX_SLICES = 448  # of AdamW's launch, kMaxSlices in csrc/cuda/adamw.cu
 MAX_LAYERNORM_THREADS = 1024  # a longer row takes two kernels backward, csrc/cuda/layernorm.cu
 
 
@@ -94,6 +95,7 @@ class Step:
         units = _C.parameter_units(config, world_size)
         self.unit_sizes = [size for _, size, _ in units]
         self.last_unit = len(units) - 1
+        self.num_tensors = sum(len(tensors) for _, _, tensors in units)
         self.unit_numels = [sum(numel for _, _, numel in tensors) for _, _, tensors in units]
         self.chunk_rows: int = next(row[3][0] for row in _C.plan(config, options, world_size) if row[0] == "logits")
         self.sums_dwte_apart = options.grad_dtype != "fp32" and self.chunk_rows < self.N
@@ -186,7 +188,7 @@ class Step:
         yield from self.reduce_gradients(0, last_micro_step)
         if last_micro_step:
             yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
-            yield from self.collective("all_reduce", "loss", 4)
+            yield from self.collective("all_reduce", "loss", 12)  # with the two votes
             for place in sorted(self._reduced):
                 yield from self.collect_gradients(place)
             yield Wait("loss")
@@ -347,8 +349,8 @@ class Step:
         parts = self.world_size if self.stage >= 1 else 1
         gradient = 4 if self.stage >= 2 else self.g
         yield memset("sum of squares", 4)
-        moved = gradient * sum(self.unit_numels) / parts
-        yield from self.sum("sum of squares", "partial_sums_kernel<true>", moved, len(self.unit_sizes))
+        read = gradient * sum(self.unit_numels) / parts
+        yield from self.sum("sum of squares", "partial_sums_kernel<true>", read, len(self.unit_sizes))
         if self.stage >= 1:
             yield from self.collective("all_reduce", "norm", 4)
         yield Wait("norm")
@@ -357,10 +359,16 @@ class Step:
             8 + self.x if self.has_master else 2 * self.x
         )  # read and written; with a master copy one is only written
         yield memset("broken parameters", 4)
-        for unit, numel in enumerate(self.unit_numels):
-            yield Kernel("optimizer", "AdamW", "adamw_kernel*", numel / parts * (gradient + 16 + value))
-            if 1 <= self.stage <= 2:
+        adamw = partial(Kernel, "optimizer", "AdamW", "adamw_kernel*")
+        moved = (gradient + 16 + value) / parts  # for each parameter
+        if 1 <= self.stage <= 2:
+            for unit, numel in enumerate(self.unit_numels):
+                yield adamw(numel * moved)
                 yield from self.collective("all_gather", f"updated {unit}", self.x * self.unit_sizes[unit])
+        else:
+            launches = math.ceil(self.num_tensors / MAX_SLICES)
+            for _ in range(launches):
+                yield adamw(sum(self.unit_numels) * moved / launches)
         if self.stage >= 1:
             yield from self.collective("all_reduce", "broken parameters", 4)
         yield Wait("broken parameters")

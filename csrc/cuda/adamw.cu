@@ -1,7 +1,7 @@
 // AdamW: one pass over each element's data; an element is independent of all others.
 //
-// The slices travel as a table in the kernel's parameters, so that all tensors of a unit are one launch. Every block
-// works on one slice. A thread takes four elements: m, v and master are read and written by 128-bit accesses of
+// The slices travel as a table in the kernel's parameters, so that all tensors are one launch. Every block works on one
+// slice. A thread takes four elements: m, v and master are read and written by 128-bit accesses of
 // consecutive addresses (bf16 parameters and gradients, 4 of the 28 bytes of an element, by 64-bit ones).
 #include <algorithm>
 #include <cmath>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int W = kWidth<float>;
-constexpr int kMaxSlices = 48;  // of a launch: parameters of 4 KB at most are fine on every driver
+constexpr int kMaxSlices = 448;  // of a launch, so that one is enough for up to 37 layers
 
 struct Slice {
   void* param;       // X
@@ -41,13 +41,20 @@ struct Step {
   float lr, beta1, beta2, eps;
   float correction1, correction2;  // 1/(1 - βᵗ)
 };
-static_assert(sizeof(Table) + sizeof(Step) + 2 * sizeof(float*) <= 4096);
+static_assert(sizeof(Table) + sizeof(Step) + 2 * sizeof(float*) <= 32764);  // of every driver that CUDA 13 runs on
 
-// The slice of this block.
+// The slice of this block: the last one that begins at it or before it.
 __device__ const Slice& find(const Table& table) {
-  int i = 0;
-  while (i + 1 < table.count && blockIdx.x >= table.slices[i + 1].first_block) i++;
-  return table.slices[i];
+  int first = 0, end = table.count;
+  while (end - first > 1) {
+    const int middle = (first + end) / 2;
+    if (blockIdx.x >= table.slices[middle].first_block) {
+      first = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return table.slices[first];
 }
 
 // work(i, count) for the elements of this thread in the slice, as in for_elements.

@@ -181,6 +181,9 @@ class GPT2 {
   // The parts of the unit's tensors that this rank updates, matrices with the weight decay.
   std::vector<AdamWSlice> slices(size_t unit, const Seeds& seeds, float weight_decay, bool with_gradients);
 
+  template <typename Write>
+  void write_parameters(const Seeds& seeds, float weight_decay, bool with_gradients, Write write);
+
   // --- sharding.cpp ---
   bool sharded(const std::string& name) const;  // whether the buffer holds this rank's slices only
   Shard shard(size_t unit) const;
@@ -194,7 +197,8 @@ class GPT2 {
   void open_gradients(size_t unit);  // makes the place for a unit's gradients
   void reduce_gradients(size_t unit, bool last_micro_step);  // begins to bring the sums over the ranks
   void collect_gradients(WorkingUnit& place);                // what was reduced is added to this rank's shard
-  void share_update(size_t unit);                            // begins to bring the other ranks' updated slices
+  bool shares_updates() const;                               // whether ranks need each other's updated slices
+  void share_update(size_t unit);                            // begins to bring them
   void wait_for_ranks() { comm_->wait(last_ticket_); }
   void finish_collectives() { comm_->finish(last_ticket_); }  // on the host, before it waits for the device
 

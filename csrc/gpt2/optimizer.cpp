@@ -76,6 +76,22 @@ std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weig
   return slices;
 }
 
+// Calls write for the slices of all units: together, or, where the other ranks need them, unit by unit, so that the first
+// are under way while the last are written.
+template <typename Write>
+void GPT2::write_parameters(const Seeds& seeds, float weight_decay, bool with_gradients, Write write) {
+  std::vector<AdamWSlice> together;
+  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
+    const std::vector<AdamWSlice> own = slices(unit, seeds, weight_decay, with_gradients);
+    together.insert(together.end(), own.begin(), own.end());
+    if (!shares_updates() && unit + 1 < layout_.units.size()) continue;
+    write(together.data(), int64_t(together.size()));
+    together.clear();
+    if (shares_updates()) share_update(unit);
+  }
+  forget_gathered();
+}
+
 void GPT2::update(const UpdateOptions& options) {
   options.validate();
   const OnDevice on_device(*ops_);
@@ -89,15 +105,11 @@ void GPT2::update(const UpdateOptions& options) {
   ops_->fill_zero(non_finite);
   const AdamWStep step{options.learning_rate, options.beta1,        options.beta2, options.eps,
                        options.step,          buffer("grad_scale"), non_finite};
-  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const std::vector<AdamWSlice> own = slices(unit, seeds, options.weight_decay, true);
-    ops_->adamw(own.data(), int64_t(own.size()), step);
-    share_update(unit);
-  }
+  write_parameters(seeds, options.weight_decay, true,
+                   [&](const AdamWSlice* slices, int64_t count) { ops_->adamw(slices, count, step); });
   if (options_.zero_stage >= 1) {  // otherwise every rank has written all of them
     last_ticket_ = comm_->all_reduce_sum(non_finite, "count of ranks whose update wrote a number that is not finite");
   }
-  forget_gathered();
   wait_for_ranks();
 }
 
@@ -116,12 +128,8 @@ void GPT2::restore_parameters() {
   logits_allowed_ = false;
   XorShift64 rng = last_update_rng_;
   const auto seeds = draw_seeds(rng);
-  for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const std::vector<AdamWSlice> own = slices(unit, seeds, 0, false);
-    ops_->round_parameters(own.data(), int64_t(own.size()));
-    share_update(unit);
-  }
-  forget_gathered();
+  write_parameters(seeds, 0, false,
+                   [&](const AdamWSlice* slices, int64_t count) { ops_->round_parameters(slices, count); });
   wait_for_ranks();
 }
 

@@ -111,8 +111,9 @@ Tensor GPT2::gather_parameters(size_t unit) {
   return whole(Lifetime::Parameters, unit);
 }
 
+bool GPT2::shares_updates() const { return options_.zero_stage > 0 && !sharded("parameters"); }
+
 void GPT2::share_update(size_t unit) {
-  if (options_.zero_stage == 0 || sharded("parameters")) return;
   last_ticket_ = comm_->all_gather(whole(Lifetime::Parameters, unit), own("parameters", unit),
                                    "updated parameters of " + layout_.units[unit].name);
 }
