@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +23,23 @@ HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 SMALL, LARGE = 99 * 1024, 227 * 1024  # shared memory of a block: consumer chips, Hopper
 
 
+class SharedAccess(NamedTuple):
+    """An instruction of a kernel that accesses shared memory. least: wavefronts without bank conflicts."""
+
+    kernel: str
+    place: str
+    kind: str  # read or write
+    bytes: int  # of a lane
+    requests: int  # of warps
+    wavefronts: int
+    least: int
+
+    @classmethod
+    def parse(cls, line: str) -> "SharedAccess":
+        kernel, place, kind, *numbers = line.split("\t")
+        return cls(kernel, place, kind, *map(int, numbers))
+
+
 class Simulator:
     """The core compiled for simulated CUDA devices, and the switches of the simulator (tests/cudasim/README.md).
 
@@ -29,9 +47,10 @@ class Simulator:
     """
 
     def __init__(self, variant: str) -> None:
-        self.core, self.library = load_core(variant, "llmc_cudasim._C")
+        self.core, self.library = load_core(variant, f"llmc_cudasim_{variant}._C")
         self.library.cudasim_report.restype = ctypes.c_char_p
         self.library.cudasim_launch_count.restype = ctypes.c_ulonglong
+        self.library.cudasim_bank_conflicts.restype = ctypes.c_char_p
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         host = tensor.detach().contiguous()
@@ -74,6 +93,17 @@ class Simulator:
 
     def launches(self) -> int:
         return int(self.library.cudasim_launch_count())
+
+    @contextmanager
+    def shared_accesses(self) -> Iterator[list[SharedAccess]]:
+        """What the kernels that run meanwhile access in shared memory: in the list afterwards."""
+        accesses: list[SharedAccess] = []
+        self.library.cudasim_count_bank_conflicts(1)
+        try:
+            yield accesses
+        finally:
+            self.library.cudasim_count_bank_conflicts(0)
+        accesses += map(SharedAccess.parse, self.library.cudasim_bank_conflicts().decode().splitlines())
 
 
 class RealGPU:

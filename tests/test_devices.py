@@ -1,7 +1,10 @@
 """Operations and models on CUDA devices: what is refused and how, streams, and memory that does not suffice."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from devices import simulator
 
 from llmc import _C
 
@@ -98,3 +101,9 @@ def test_views_of_a_model_are_cuda_tensors():
     wte.add_(1)  # torch's default stream comes before the model's next operation
     model.forward(torch.zeros(1, 8, dtype=torch.int32))
     torch.testing.assert_close(model.parameters()["wte"], before + 1)
+
+
+def test_both_simulators_in_a_process():
+    """Each is the one that was asked for, whichever is loaded first."""
+    for variant in ("fast", "checked"):
+        assert Path(simulator(variant).core.__file__).parent.name == variant

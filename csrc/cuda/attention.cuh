@@ -37,6 +37,7 @@ void dispatch_head_size(int64_t HS, F&& f) {
 // Rows of a tile, kHS elements each, in shared memory. A row is padded by 16 bytes: an odd number of 16-byte units apart,
 // the same column of 8 successive rows falls into 8 different groups of 4 banks. That is what ldmatrix and `products` in
 // TF32 read at a time; `accumulate` in TF32 reads 8 columns of every other row, 4 rows: 4 different groups of 8 banks.
+// (Permuted columns instead of padding take more registers than there are.)
 template <typename X, int kRows_, int kHS>
 struct Tile {
   static constexpr int kRows = kRows_;
@@ -57,15 +58,31 @@ struct Head {
   __device__ X* at(int row, int column) const { return data + row * row_stride + column; }
 };
 
+// Row and column, in vectors, of the i-th vector of a tile that threads copy one after the other. Eight threads fill all
+// banks at a time: with eight vectors of a row or, where a row has not a multiple of eight, with four each of two rows, the
+// second one 4 rows further and so 4 times an odd number of units.
+struct VectorPlace {
+  int row, column;
+};
+template <int kVectors>  // of a row
+__device__ VectorPlace place_of_vector(int i) {
+  if constexpr (kVectors % 8 == 0) {
+    return {i / kVectors, i % kVectors};
+  } else {
+    return {i / (8 * kVectors) * 8 + i / 4 % 2 * 4 + i / (2 * kVectors) % 4, i / 8 % (kVectors / 4) * 4 + i % 4};
+  }
+}
+
 // Starts to copy rows [first_row, first_row + kRows) into the tile; rows beyond T and columns beyond HS become zeros.
 template <int kThreads, typename X, int kRows, int kHS>
 __device__ void load_tile(Tile<X, kRows, kHS> tile, Head<const X> head, int first_row) {
   constexpr int W = Packed<X>::size;
   constexpr int kVectors = kHS / W;
-  static_assert(kRows * kVectors % kThreads == 0);
+  static_assert(kRows * kVectors % kThreads == 0 && kRows % 8 == 0);
 #pragma unroll 4
   for (int i = 0; i < kRows * kVectors; i += kThreads) {
-    const int index = i + threadIdx.x, row = index / kVectors, column = index % kVectors * W;
+    const VectorPlace place = place_of_vector<kVectors>(i + threadIdx.x);
+    const int row = place.row, column = place.column * W;
     const bool valid = first_row + row < head.T && column < head.HS;
     cp_async_16(tile.at(row, column), valid ? head.at(first_row + row, column) : head.data, valid);
   }
@@ -267,17 +284,24 @@ __device__ void store_rows(Head<X> head, int first, const float (&acc)[kHS / 8][
   constexpr int W = Packed<X>::size;
   constexpr int kVectors = kHS / W;
   const int lane = threadIdx.x % kWarp, group = lane / 4, member = lane % 4;
+  const auto at = [=](int r, int column) {
+    if constexpr (sizeof(X) == 2) return tile.at(row + r, column);
+    // In fp32 half a warp writes two vectors each of four rows at a time. They fall into different banks if rows follow
+    // each other without padding and the pairs of vectors change places.
+    return tile.at(row, 0) + r * kHS + (column / W ^ r % 4 * 2) * W + column % W;
+  };
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kHS; n += 8) {
     const float (&c)[4] = acc[n / 8];
-    store_pair(tile.at(row + group, n + 2 * member), c[0] * scale[0], c[1] * scale[0]);
-    store_pair(tile.at(row + group + 8, n + 2 * member), c[2] * scale[1], c[3] * scale[1]);
+    store_pair(at(group, n + 2 * member), c[0] * scale[0], c[1] * scale[0]);
+    store_pair(at(group + 8, n + 2 * member), c[2] * scale[1], c[3] * scale[1]);
   }
   __syncwarp();
   for (int i = lane; i < kWarpRows * kVectors; i += kWarp) {
-    const int r = i / kVectors, column = i % kVectors * W;
-    if (first + r < head.T && column < head.HS) store128(head.at(first + r, column), load128(tile.at(row + r, column)));
+    const VectorPlace place = place_of_vector<kVectors>(i);
+    const int r = place.row, column = place.column * W;
+    if (first + r < head.T && column < head.HS) store128(head.at(first + r, column), load128(at(r, column)));
   }
 }
 

@@ -92,7 +92,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     dwte_kernel(G* dwte, const X* dout, const int32_t* tokens, const int32_t* order, int64_t N, int C, uint32_t seed) {
   constexpr int W = Packed<X>::size;
   __shared__ int64_t shared_start;  // where the positions of a token start that all warps share, or -1
-  alignas(16) __shared__ float sums[kWarps][kColumns<X>];  // what each warp adds up of it
+  // What each warp adds up of it: a lane's vectors in rows of their own, half of the banks apart. So neither 128 bits of
+  // each lane nor 32 successive columns fall into the same banks.
+  __shared__ Packed<float> sums[kWarps][W / 4][kWarp + 4];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_column = blockIdx.y * kColumns<X>, column = first_column + lane * W;
   const int64_t start = int64_t(blockIdx.x) * kWarps + warp;
@@ -120,13 +122,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     add_rows(sum, dout, rows, [=](int i) { return order[begin + i]; }, column, C);
     more = rows == kWarp;
   }
-  store_elements(&sums[warp][lane * W], sum);
+  for (int i = 0; i < W; i += 4) {
+    store128(sums[warp][i / 4][lane].values, Packed<float>{{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]}});
+  }
   __syncthreads();
 
   const int own = threadIdx.x;
   if (own >= kColumns<X> || first_column + own >= C) return;
   float total = 0;
-  for (int w = 0; w < kWarps; w++) total += sums[w][own];
+  for (int w = 0; w < kWarps; w++) total += sums[w][own % W / 4][own / W][own % 4];
   G* p = dwte + int64_t(token) * C + first_column + own;
   *p = from_float<G>(rounded<G>(to_float(*p) + total, first_column + own, token, seed));
 }

@@ -15,6 +15,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "banks.h"
+
 namespace cudasim {
 namespace {
 
@@ -341,6 +343,7 @@ void check_dynamic_shared(const Current& access) {
                     " bytes of dynamic shared memory");
   }
   if (dynamic_cells.empty()) dynamic_cells.resize(kDynamicSharedBytes / kGranule);
+  count_shared_access(access.p, access.bytes, access.kind != AccessKind::Read, access.site);
   check_cells(&dynamic_cells[offset / kGranule], access);
 }
 
@@ -351,6 +354,7 @@ void check_static_shared(const Current& access) {
   if (first == 0) return;  // the guard of a variable with a constructor, which does nothing
   if (first != last) fail_access("out-of-bounds", access, "the end of a variable in static shared memory");
   count_variable(first - 1, access);
+  count_shared_access(access.p, access.bytes, access.kind != AccessKind::Read, access.site);
   check_cells(&static_cells[offset / kGranule], access);
 }
 
@@ -412,6 +416,8 @@ void enter_atomic(const volatile void* p, size_t bytes, const char* file, int li
   check(p, bytes, AccessKind::Atomic, site_of(file, line), global ? Space::Global : Space::Shared);
   if (global) release_and_acquire(p);
 }
+
+std::string place_of(unsigned site) { return describe(sites[site]); }
 
 // --- initialised memory ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 // The checker of memory accesses of instrumented kernels: see checker.cpp.
 #pragma once
 
+#include <string>
+
 #include "core.h"
 
 #pragma GCC visibility push(hidden)
@@ -19,6 +21,9 @@ void count_traffic(const volatile void* p, size_t bytes, bool write, unsigned si
 void mark_initialised(const void* p, size_t bytes);
 bool all_initialised(const void* p, size_t bytes, size_t* first_bad);
 void forget_memory(const void* p, size_t bytes);  // freed
+
+// The place of an access: "file:line", with the callers' places if the function there was inlined.
+std::string place_of(unsigned site);
 
 // What orders accesses, told by the scheduler.
 void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes);

@@ -125,6 +125,7 @@ struct Site {
   const char* file = nullptr;
   int line = 0;
 };
+std::string describe(const Site& site);  // as source_line
 // Each kind is reported once per pair of places. other: where the conflicting access was made, if any.
 void report_site(const char* kind, const Site& site, const Site* other, const char* format, ...)
     __attribute__((format(printf, 4, 5)));

@@ -50,6 +50,11 @@ void warp_collective(unsigned mask, void* argument, void (*run)(void** arguments
 // Ends the running block and fails the launch with error, as a fault does on a device.
 [[noreturn]] void fail_kernel(cudaError_t error);
 
+// --- banks.cpp -------------------------------------------------------------------------------------------------------
+
+// The running thread's next access to shared memory takes no time of its own: it was counted before.
+void skip_next_shared_access();
+
 // --- ptx.cpp ---------------------------------------------------------------------------------------------------------
 
 // Called when a block has ended: reports copies without a wait and forgets them.

@@ -185,6 +185,7 @@ bool next_copy(int groups, AsyncCopy& copy) {
   CopyQueue& queue = queues[thread_index()];
   if (queue.first == queue.entries.size() || queue.entries[queue.first].group >= queue.commits - groups) return false;
   copy = queue.entries[queue.first++].copy;
+  skip_next_shared_access();  // its destination, which was written when it was issued
   if (queue.first == queue.entries.size()) {
     queue.entries.clear();
     queue.first = 0;

@@ -53,6 +53,8 @@ std::string key_of(const Site& site) {
   return text;
 }
 
+}  // namespace
+
 std::string describe(const Site& site) {
   if (site.pc) {
     static std::unordered_map<const void*, std::string> lines;
@@ -63,8 +65,6 @@ std::string describe(const Site& site) {
   const char* slash = std::strrchr(site.file, '/');
   return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
 }
-
-}  // namespace
 
 void report(const char* kind, const char* format, ...) {
   va_list arguments;

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "banks.h"
 #include "checker.h"
 #include "core.h"
 
@@ -459,6 +460,7 @@ cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic
   cudasim_grid_dim = grid;
   cudasim_block_dim = block;
   begin_launch(launch, shared, dynamic_bytes);
+  begin_counted_launch(current_kernel);
   cudaError_t error = cudaSuccess;
   for (const uint32_t i : block_order(size_t(grid.x) * grid.y * grid.z)) {
     cudasim_block_index = uint3{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
@@ -470,6 +472,7 @@ cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic
     begin_block();
     error = run_block(block);
     finish_async_copies();
+    finish_counted_block();
     if (error) break;
   }
   finish_reports();

@@ -39,6 +39,14 @@ int cudasim_is_device_pointer(const void* p);
 // Number of kernels launched since the library was loaded.
 unsigned long long cudasim_launch_count(void);
 
+// 1: counts the accesses to shared memory of the checked kernels that run from now on, from zero. 0: stops.
+void cudasim_count_bank_conflicts(int count);
+
+// What was counted, a line for each kernel and place, valid until the next call; tabs between
+//   KERNEL PLACE read|write BYTES REQUESTS WAVEFRONTS LEAST
+// BYTES are those of a lane, REQUESTS of warps. WAVEFRONTS beyond LEAST are bank conflicts (src/banks.cpp).
+const char* cudasim_bank_conflicts(void);
+
 #ifdef __cplusplus
 }
 #endif
