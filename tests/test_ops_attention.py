@@ -11,7 +11,8 @@ from ops_testing import DTYPES, F32, UNIT_ROUNDOFF, assert_same_for_all_thread_c
 pytestmark = pytest.mark.usefixtures("device")
 
 # (B, T, NH, HS): one position, less than a block of queries (64), exactly one, one more, many, more than one block of
-# keys (1024); few heads (backward by blocks) and many (backward by heads); head sizes that are no multiple of a vector.
+# keys (1024); few heads (backward by blocks) and many (backward by heads); head sizes that are no multiple of a vector,
+# and some for each of a GPU's tiles: 32, 64, 96, 128.
 SHAPES = [
     (1, 1, 1, 8),
     (3, 1, 4, 16),
@@ -22,6 +23,8 @@ SHAPES = [
     (3, 67, 4, 24),
     (1, 259, 2, 64),
     (2, 131, 5, 48),
+    (1, 70, 2, 80),
+    (2, 33, 1, 96),
     (1, 1091, 1, 8),
     (2, 1091, 4, 16),
 ]
@@ -102,7 +105,7 @@ def test_forward_and_backward(shape: tuple[int, int, int, int], seed: int, dtype
     assert_within(dqkv, expected, dqkv_error)
 
 
-@pytest.mark.parametrize("shape", [(2, 67, 2, 40), (1, 131, 2, 64), (1, 70, 1, 128)])
+@pytest.mark.parametrize("shape", [(2, 67, 2, 40), (1, 131, 2, 64), (1, 70, 1, 88), (1, 70, 1, 128)])
 def test_tf32(shape: tuple[int, int, int, int], device: str) -> None:
     """Operands rounded to 11 significant bits: an eighth of the error of bf16's, and no less than that of fp32."""
     if device == "cpu":
