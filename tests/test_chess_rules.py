@@ -47,6 +47,12 @@ def test_positions(moves: list[str], fen: str) -> None:
     assert after(START, *moves) == fen
 
 
+def test_counting_ends_before_it_overflows() -> None:
+    fen = after("4k3/8/8/8/8/8/8/4K3 w - - 999999 1000000", "e1d1", "e8d8")
+    assert fen == "3k4/8/8/8/8/8/8/3K4 w - - 1000000 1000000"
+    assert after(fen, "d1e1") == "3k4/8/8/8/8/8/8/4K3 b - - 1000000 1000000"
+
+
 @pytest.mark.parametrize(
     ("fen", "castling"),
     [

@@ -10,7 +10,7 @@ namespace llmc::chess {
 namespace {
 
 constexpr std::string_view LETTERS = "PNBRQKpnbrqk";
-constexpr int MAX_COUNTER = 1'000'000;  // the longest possible game has some thousand moves
+constexpr int MAX_COUNTER = 1'000'000;  // where counting ends: the longest possible game has some thousand moves
 constexpr Bitboard DARK_SQUARES = 0xAA55AA55AA55AA55;
 constexpr int ROOK_STEPS[][2] = {{1, 0}, {-1, 0}, {0, 1}, {0, -1}};
 constexpr int BISHOP_STEPS[][2] = {{1, 1}, {1, -1}, {-1, 1}, {-1, -1}};
@@ -94,7 +94,7 @@ std::string_view next_field(std::string_view& rest) {
   return field;
 }
 
-// A counter of a FEN; `missing` if it is left out. Far from where the counting of moves would overflow.
+// A counter of a FEN; `missing` if it is left out.
 int read_counter(std::string_view field, int missing, const char* fen) {
   int value = missing;
   const auto [end, error] = std::from_chars(field.data(), field.data() + field.size(), value);
@@ -258,8 +258,8 @@ void Board::make(Move move) {
   }
   const bool jump = piece == Pawn && std::abs(move.to - move.from) == 16;
   en_passant_ = jump ? bit((move.from + move.to) / 2) : 0;
-  halfmove_clock_ = piece == Pawn || victim ? 0 : halfmove_clock_ + 1;
-  move_number_ += turn_ == Black;
+  halfmove_clock_ = piece == Pawn || victim ? 0 : std::min(halfmove_clock_ + 1, MAX_COUNTER);
+  move_number_ = std::min(move_number_ + int(turn_ == Black), MAX_COUNTER);
   turn_ = opponent();
 }
 
