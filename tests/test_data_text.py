@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import struct
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -196,6 +197,21 @@ def test_truncated_zstd_in_the_middle(capsys: pytest.CaptureFixture[str]) -> Non
     whole = zstandard.compress(random.Random(0).randbytes(50_000).hex().encode())
     Path("a.txt.zst").write_bytes(whole[: len(whole) // 2])
     assert refuse(capsys, 1, "a.txt.zst") == "cannot read a.txt.zst: it is truncated"
+
+
+def test_zstd_of_nothing_but_zeros(tmp_path: Path) -> None:
+    """Some thousand bytes stand for a gigabyte, which comes piece by piece."""
+    zstandard = pytest.importorskip("zstandard")
+    compressor = zstandard.ZstdCompressor().compressobj()
+    content = b"".join([*(compressor.compress(bytes(2**24)) for _ in range(64)), compressor.flush()])
+    assert len(content) < 100_000
+    (path := tmp_path / "a.zst").write_bytes(content)
+    tracemalloc.start()
+    with source.open_source(path) as (_, text):
+        assert text.read(5) == bytes(5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**28
 
 
 @pytest.mark.parametrize(("package", "name"), [("zstandard", "a.txt.zst"), ("tokenizers", "tokenizer.json")])

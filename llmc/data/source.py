@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 from llmc.errors import RunError
 
 CHUNK_BYTES = 1_000_000
+ZSTD_BYTES = 4096  # decompressed at once: they can stand for 32,768 times as many
 MAX_MEMBER_BYTES = 2**28  # of a file in an archive that is read as a whole: more is no text of ours
 # What tarfile raises for a damaged archive, by far not always as a TarError.
 ARCHIVE_ERRORS = (
@@ -121,7 +122,7 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._content:
             raw = self._frame.unused_data if self._frame.eof else b""
-            raw = raw or self._file.read(CHUNK_BYTES // 4)
+            raw = raw or self._file.read(ZSTD_BYTES)
             if self._frame.eof:
                 self._frame, self._inside = self._new_frame(), False
             if not raw:

@@ -30,7 +30,7 @@ SAN = ("O-O", "O-O-O", "=Q", "e.p.", "--", "0000", "1/2-1/2", "1-0", "Nf3", "exd
 SEEDS = {  # in the order of read_games' formats
     "pgn": [PGN, PGN * 2, "1. a4 b5 2. axb5 a6 3. bxa6 Bb7 4. axb7 d6 5. bxa8=Q 1-0\n"],
     "uci": [PROMOTES, "e2e4 e7e5\n\ng1f3\n" + PROMOTES],
-    "fen": [START + "Nf3", PASSANT + "exd6", PASSANT + "O-O-O"],
+    "fen": [START + "Nf3", PASSANT + "exd6", PASSANT + "O-O-O", "4k3/8/4p3/3pP3/8/8/8/4K3 w - d6 0 1"],
     "moves": ["".join(map(chr, [16, 32, 52, 44, 32, 40, 55, 39, 40, 47, 59, 51, 47, 54, 51, 43, 54, 63, 68]))],
 }
 
