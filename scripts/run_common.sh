@@ -3,6 +3,7 @@
 #   data    where the shards come from, for whoever has none
 #   memory  GiB of the GPU that the settings are for
 #   NPROC   number of processes, one per GPU
+# FAILURES, an environment variable, is how often `train` may fail without a new checkpoint in between (3).
 # With DRY_RUN=1 a script prints steps, tokens and memory and trains nothing; it needs neither a GPU nor data.
 # The arguments of a script are further flags; later flags win. Paths start in the working directory.
 set -euo pipefail
@@ -57,28 +58,57 @@ newest_checkpoint() { # in an output directory; prints nothing if there is none
   )
 }
 
-# Trains until the last checkpoint is there: after a failure the run goes on from its newest checkpoint. What fails
-# twice without a checkpoint in between would fail for ever, and a wrong flag (status 2) does not get better.
+# A command in the background, so that this script hears signals; sets `status`, and `asked` to the first signal. The
+# command is told of it: llmc-train writes a checkpoint and ends.
+run() { # command
+  local heard=1
+  "$@" &
+  child=$!
+  while [ "$heard" = 1 ]; do
+    heard=0 status=0
+    wait "$child" || status=$?
+  done
+}
+
+hear() { # signal
+  heard=1 asked=${asked:-$1}
+  kill -TERM "$child" 2>/dev/null || true
+}
+
+# Trains until the last checkpoint is there: after a failure the run goes on from its newest good checkpoint. After
+# FAILURES of them without a new checkpoint in between it gives up; the file "failures" in the output directory counts
+# them, also over several starts of the script. A wrong flag (status 2) does not get better. Who was asked to end (75),
+# by a signal or --max-time, has ended.
 train() { # arguments of the script
   prepare "$@"
-  local output final newest failed_at=none status launcher=(mpirun -np "$NPROC")
+  local output final newest failed_at=none count=0 status child="" asked="" launcher=(mpirun -np "$NPROC")
   [ "$NPROC" != 1 ] || launcher=() # one process needs no mpirun
   output=$(value_of -o --output-dir)
   final=$output/DONE_$(printf %08d "$(value_of -x --max-steps)")
-  trap 'exit 130' INT # Ctrl-C ends the loop too
-  while [ ! -e "$final" ]; do
-    status=0
-    "${launcher[@]}" llmc-train "${flags[@]}" -y 1 || status=$?
+  if [ -e "$output/failures" ]; then read -r failed_at count <"$output/failures" || true; fi
+  trap 'hear INT' INT
+  trap 'hear TERM' TERM
+  trap 'hear USR1' USR1
+  while [ ! -e "$final" ] && [ -z "$asked" ]; do
+    run "${launcher[@]}" llmc-train "${flags[@]}" -y 1
     case $status in
-      0) return ;;
-      2 | 130) exit "$status" ;;
+      0) rm -f "$output/failures" && return ;;
+      2 | 75 | 130) exit "$status" ;;
     esac
+    [ "$asked" != INT ] || exit 130
+    [ -z "$asked" ] || exit "$status"
     newest=$(newest_checkpoint "$output")
-    [ "$newest" != "$failed_at" ] || stop "failed twice (status $status) without a new checkpoint: the reason is above"
-    failed_at=$newest
-    echo "${0##*/}: failed (status $status); going on from ${newest:-the beginning}" >&2
+    newest=${newest##*/}
+    [ "${newest:=none}" = "$failed_at" ] || count=0
+    failed_at=$newest count=$((count + 1))
+    [ ! -d "$output" ] || echo "$failed_at $count" 2>/dev/null >"$output/failures" || true # the disk may be full
+    [ "$count" -lt "${FAILURES:=3}" ] ||
+      stop "failed $count times (status $status) without a new checkpoint: the reason is above"
+    echo "${0##*/}: failed (status $status); going on from ${newest/#none/the beginning}" >&2
     sleep 1
   done
+  [ -e "$final" ] || exit 75
+  rm -f "$output/failures"
   echo "${0##*/}: $final is there: the run is complete"
 }
 

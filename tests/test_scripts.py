@@ -8,9 +8,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -248,24 +250,25 @@ def test_settings(directory, script):
     assert config_of(call[len(launcher) + 1 :]) == TrainConfig(**SETTINGS[script], **data)
 
 
-TWICE = "run_gpt2_124M.sh: failed twice (status 1) without a new checkpoint: the reason is above"
+THREE_TIMES = "run_gpt2_124M.sh: failed 3 times (status 1) without a new checkpoint: the reason is above"
 OUTCOMES = {  # status of each attempt, checkpoint that it leaves: status of the script, attempts, last line on stderr
     "success": (["0"], 0, 1, ""),
     "usage error": (["2"], 2, 1, "the reason"),
     "usage error later": (["1 00005000", "2"], 2, 2, "the reason"),
+    "asked to end": (["75 00000123"], 75, 1, "the reason"),
     "interrupted": (["130"], 130, 1, "the reason"),
     "interrupted, but mpirun gives it another status": (["interrupt"], 130, 1, ""),
-    "twice": (["1", "1"], 1, 2, TWICE),
-    "once": (["137", "0"], 0, 2, "run_gpt2_124M.sh: failed (status 137); going on from the beginning"),
+    "three times": (["1", "1", "1"], 1, 3, THREE_TIMES),
+    "twice": (["137", "1", "0"], 0, 3, "run_gpt2_124M.sh: failed (status 1); going on from the beginning"),
     "with progress": (
-        ["1 00005000", "1 00010000", "1 00015000", "0 00018865"],
-        *(0, 4, "run_gpt2_124M.sh: failed (status 1); going on from log/DONE_00015000"),
+        ["1 00005000", "1 00010000", "1", "1 00015000", "0 00018865"],
+        *(0, 5, "run_gpt2_124M.sh: failed (status 1); going on from DONE_00015000"),
     ),
-    "twice after progress": (
-        ["1 00005000", "1 00010000", "3"],
-        *(1, 3, TWICE.replace("status 1", "status 3")),
+    "three times after progress": (
+        ["1 00005000", "1 00010000", "1", "3"],
+        *(1, 4, THREE_TIMES.replace("status 1", "status 3")),
     ),
-    "twice before any": (["1", "1 00005000", "9"], 1, 3, "run_gpt2_124M.sh: failed twice (status 9)"),
+    "twice before any": (["1", "1", "1 00005000", "9", "9"], 1, 5, "run_gpt2_124M.sh: failed 3 times (status 9)"),
     "dead after the last checkpoint": (["1 00018865"], 0, 1, "run_gpt2_124M.sh: failed (status 1)"),
 }
 
@@ -277,6 +280,46 @@ def test_retries(directory, name):
     result = start("run_gpt2_124M.sh", directory, "-o", "log")
     assert (result.returncode, len(calls(directory))) == (status, attempts)
     assert (result.stderr.splitlines() or [""])[-1].startswith(last_line)
+    failures = directory / "log" / "failures"
+    assert not (failures.exists() and status == 0)
+
+
+def test_failures_are_counted_over_several_starts(directory):
+    """A job that is queued again and again does not fail for ever; who starts it by hand gets one try."""
+    (directory / "log").mkdir()
+    (directory / "outcomes").write_text("1\n" * 6 + "1 00005000\n" + "1\n" * 9)
+    counts = []
+    for failures, attempts in (("2", 2), ("4", 2), ("4", 1), ("5", 1), ("7", 7)):
+        before = len(calls(directory))
+        result = start("run_gpt2_124M.sh", directory, "-o", "log", FAILURES=failures)
+        assert (result.returncode, len(calls(directory)) - before) == (1, attempts)
+        counts.append((directory / "log" / "failures").read_text())
+    assert counts == ["none 2\n", "none 4\n", "none 5\n", "none 6\n", "DONE_00005000 7\n"]
+
+
+LISTENING = """#!/usr/bin/env bash
+trap 'touch log/DONE_00000123; exit 75' TERM
+echo "${0##*/} $*" >>calls
+touch ready
+while :; do /bin/sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_to_the_script_reach_the_run(directory, number):
+    """As of Slurm, which tells the script alone; it ends as the run does, and does not start it again."""
+    (directory / "bin" / "mpirun").write_text(LISTENING)
+    (directory / "log").mkdir()
+    environment = {**os.environ, "PATH": f"{directory}/bin:{os.environ['PATH']}"}
+    script = ["bash", SCRIPTS / "run_gpt2_124M.sh", "-o", "log"]
+    process = subprocess.Popen(script, cwd=directory, env=environment, start_new_session=True)
+    end = time.monotonic() + 20
+    while not (directory / "ready").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    assert (directory / "log" / "DONE_00000123").exists()
+    assert len(calls(directory)) == 1 and not (directory / "log" / "failures").exists()
 
 
 @pytest.mark.parametrize(
