@@ -90,6 +90,11 @@ class Logger:
         if self.file is not None:
             self.file.close()
 
+    def flush(self) -> None:
+        """Try again what could not be written."""
+        if self.file is not None and self.file.waiting:
+            self.file.append("")
+
     def validation(self, step: int, loss: float) -> None:
         """Report the mean loss over the validation batches before the 0-based `step`."""
         print(f"val loss {loss:f}", flush=True)

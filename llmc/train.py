@@ -63,6 +63,7 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
         if takes_part and config.sample_every > 0 and (last or due(step, config.sample_every)):
             print_sample(run.model, config.sample_length, run.start_token, run.tokenizer)
         if checkpoints and (last or due(step, config.checkpoint_every)):
+            logger.flush()  # what the log says of the steps before a checkpoint is not computed again
             checkpoints.write(step)
         if last:
             break
@@ -104,6 +105,7 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
         wall_time.after_step()
         if run.model.votes()[0] > 0 or (ranks.size == 1 and wants_to_stop(run, stop, wall_time, checkpoints)):
             stopped = True
+            logger.flush()
             end_early(run, step + 1, stop, checkpoints)
             break
 
