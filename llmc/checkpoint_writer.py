@@ -23,6 +23,7 @@ class CheckpointWriter:
         self.problem = ""  # why the newest one was not written
         self.seconds = expected_seconds(run)  # that the slowest one took, once there is one
         self._tries = 0
+        self.came_from = run.resumed.step if run.resumed else None
         self.damaged = {passed.checkpoint.step for passed in run.passed_over}  # by what was found at the start
 
     def write(self, step: int) -> None:
@@ -30,9 +31,8 @@ class CheckpointWriter:
 
         A full disk or the like is no reason to end the run: the older checkpoints stay, and the next one may succeed.
         """
-        run = self.run
-        if run.resumed and step == run.resumed.step:
-            return  # it came from there
+        if step == self.came_from:
+            return
         started = time.perf_counter()
         self._write(step)
         seconds = time.perf_counter() - started
@@ -58,6 +58,11 @@ class CheckpointWriter:
         self.damaged.discard(step)
         if run.ranks.rank == 0:
             self._prune(step)
+
+    def go_back(self) -> int:
+        """Make the run what it was at its newest good checkpoint, but for its data; that step. RunError without one."""
+        self.came_from = snapshot.roll_back(self.run, self.directory)
+        return self.came_from
 
     def _prune(self, step: int) -> None:
         config = self.run.config

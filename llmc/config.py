@@ -121,6 +121,13 @@ class TrainConfig:
     skip_norm_z: float = flag(
         "-sg", 0.0, "optimization", Z_SCORE, "skip the update when the gradient norm has a z-score above this; 0: never"
     )
+    on_nan: str = flag(
+        "",
+        "stop",
+        "optimization",
+        one_of("stop", "skip", "rollback"),
+        "when a number is not finite: stop, skip the update, or go back to the last checkpoint and on with later data",
+    )
     seed: int = flag("", 42, "optimization", at_least(0), "of random weights and of the order of the data")
     val_every: int = flag(
         "-v", 20, "evaluation", ANY, "validate every so many steps and at the end; below 1: only at the end"
@@ -204,6 +211,7 @@ class TrainConfig:
             ("-n", checkpoints, self.output_dir != "", "with an output directory -o"),
             ("-y", self.resume, self.output_dir != "", "with an output directory -o"),
             ("--json-log", self.json_log == "1", self.output_dir != "", "with an output directory -o"),
+            ("--on-nan", self.on_nan == "rollback", checkpoints, "with checkpoints: add -n"),
             ("-nk", self.keep_checkpoints > 0, checkpoints, "with checkpoints: add -n"),
             ("-nm", self.major_every > 0, self.keep_checkpoints > 0, "where checkpoints are deleted: add -nk"),
             ("--hellaswag-data", self.hellaswag_data != HELLASWAG_DATA, self.hellaswag, "with -h 1"),

@@ -237,16 +237,15 @@ def check_master(stored: Stored, config: TrainConfig, precision: FileDtype) -> N
 
 
 def roll_back(run: "Run", directory: Path) -> int:
-    """Make a run in progress what it was at its newest good checkpoint; the step to go on with.
+    """Make a run in progress what it was at its newest good checkpoint, but for its data; the step to go on with.
 
-    Model, optimizer, random numbers, data and outlier windows. RunError on all ranks if there is none.
+    Model, optimizer, random numbers and outlier windows. RunError on all ranks if there is none.
     """
     stored, _ = newest_good(directory, run.ranks)
     if stored is None:
         raise RunError(f"there is no checkpoint in {directory} to go back to")
     restore(stored, run.model)
     state = stored.states[0]
-    run.train_loader.load_states([state.loader for state in stored.states], stored.paths)
     run.loss_outliers.restore(state.loss_window)
     run.norm_outliers.restore(state.norm_window)
     return stored.step

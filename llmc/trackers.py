@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +137,8 @@ class JsonLog:
             ) from error
 
     def log(self, step: int, values: Values) -> None:
-        self.file.append(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        self.file.append(json.dumps({"step": step, **finite}) + "\n")
 
     def close(self, failed: bool) -> None:
         if not failed:  # or there is a reason already

@@ -8,6 +8,7 @@ from pathlib import Path
 from llmc.checkpoint_writer import CheckpointWriter
 from llmc.config import TrainConfig
 from llmc.errors import RunError
+from llmc.guard import Guard
 from llmc.hellaswag import count_correct
 from llmc.lock import Lock
 from llmc.logger import Logger, Progress, StepReport, Throughput
@@ -47,15 +48,21 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
     """From the first step of the run to its end; False if it is asked to end earlier."""
     config, ranks = run.config, run.ranks
     checkpoints = CheckpointWriter(run, output_dir) if output_dir and config.checkpoint_every > 0 else None
+    guard = Guard(run, checkpoints)
     progress = Progress()
     throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops, ranks.size)
     wall_time = WallTime(read_wall_time(config.max_time))
     stopped = False
 
-    for step in range(run.start_step, run.num_steps + 1):
+    step = run.start_step
+    while True:
         last = step == run.num_steps
         if last or due(step, config.val_every, also_at_0=True):
-            logger.validation(step, validate(run, step, progress))
+            val_loss = validate(run, step, progress)
+            if (back := guard.after_validation(step, val_loss)) is not None:
+                step = back
+                continue
+            logger.validation(step, val_loss)
         if config.hellaswag and (last or due(step, config.val_every)):
             correct = count_correct(run.model, run.hellaswag_examples, config.batch_size, ranks)
             logger.hellaswag(step, correct, len(run.hellaswag_examples))
@@ -73,18 +80,21 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
         if config.overfit_one_batch:
             run.train_loader.reset()
         learning_rate = run.schedule(step)
+        batches = []
         with progress.during("step") as show:
             for micro_step in range(run.accumulation_steps):
                 show(f"step {step + 1}/{run.num_steps}: micro-batch {micro_step + 1}/{run.accumulation_steps}")
                 inputs, targets = run.train_loader.next_batch()
+                batches.append(run.train_loader.position)
                 run.model.forward(inputs)
                 run.model.vote([wants_to_stop(run, stop, wall_time, checkpoints), 0])
                 run.model.backward(targets, micro_step, run.accumulation_steps)
             result = update(run, step, learning_rate, progress)
         seconds = time.perf_counter() - started
 
-        check_finite(config, "loss", result.loss, step)
-        check_finite(config, "gradient norm", result.grad_norm, step)
+        if (back := guard.after_step(step, result.loss, result.grad_norm, batches)) is not None:
+            step = back
+            continue
         tokens_per_second = throughput.update(seconds)
         report = StepReport(
             step=step,
@@ -108,6 +118,7 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
             logger.flush()
             end_early(run, step + 1, stop, checkpoints)
             break
+        step += 1
 
     if throughput.steps > 0:
         print(f"total average iteration time: {throughput.average_ms():f} ms")
@@ -146,14 +157,23 @@ class StepResult:
     grad_norm: float  # before clipping
     grad_norm_z: float
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def measure(run: Run) -> StepResult:
     loss, grad_norm = run.model.loss(), run.model.grad_norm()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # in a window it would hide the next 128 outliers
+        return StepResult(loss, math.nan, grad_norm, math.nan)
     return StepResult(loss, run.loss_outliers.update(loss), grad_norm, run.norm_outliers.update(grad_norm))
 
 
 def update(run: Run, step: int, learning_rate: float, progress: Progress) -> StepResult:
-    """Update the parameters, unless an outlier forbids it; a skipped step counts like any other."""
+    """Update the parameters, unless an outlier forbids it; a skipped step counts like any other.
+
+    Where loss or gradients are not finite, the model leaves the update out by itself.
+    """
     config = run.config
     result = None
     if config.skip_loss_z > 0 or config.skip_norm_z > 0:  # only then must the host wait for the device here
@@ -166,8 +186,12 @@ def update(run: Run, step: int, learning_rate: float, progress: Progress) -> Ste
                 progress.erase()
                 print(f"skipping update due to {name} z-score of {z:f}")
                 return result
+    random = run.model.rng_state, run.model.last_update_rng_state
     run.model.update(learning_rate, config.weight_decay, step + 1)
-    return result or measure(run)
+    result = result or measure(run)
+    if not result.finite:
+        run.model.rng_state, run.model.last_update_rng_state = random
+    return result
 
 
 def validate(run: Run, step: int, progress: Progress) -> float:
@@ -179,18 +203,4 @@ def validate(run: Run, step: int, progress: Progress) -> float:
             show(f"step {step}/{run.num_steps}: validation batch {batch + 1}/{run.val_batches}")
             inputs, targets = run.val_loader.next_batch()
             total += float(run.model.evaluate(inputs, targets).mean())
-    loss = run.ranks.mean(total / run.val_batches, "validation loss")
-    check_finite(run.config, "validation loss", loss, step)
-    return loss
-
-
-def check_finite(config: TrainConfig, name: str, value: float, step: int) -> None:
-    """A NaN never goes away again: stop before hours are lost. What is known at step 0 is of the unchanged weights."""
-    if math.isfinite(value):
-        return
-    if step == 0:
-        raise RunError(f"the weights of -e {config.model} already give a {name} of {value}: start from other weights")
-    raise RunError(
-        f"the {name} is {value} at step {step + 1}: "
-        "lower the learning rate -l or the weight decay -c, or raise the warm-up -u"
-    )
+    return run.ranks.mean(total / run.val_batches, "validation loss")

@@ -71,6 +71,7 @@ CHANGED = TrainConfig(
     weight_decay=0.1,
     skip_loss_z=6.25,
     skip_norm_z=7.0,
+    on_nan="skip",
     seed=2147483647,
     val_every=-5,
     val_max_batches=-1,

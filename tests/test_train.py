@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -452,6 +453,45 @@ def test_outlier_updates_are_skipped(train, directory, monkeypatch, flag, name):
     assert plain.column("loss")[140] != skipping.column("loss")[140]
 
 
+@pytest.mark.parametrize(("flag", "name"), [("-sl", "loss"), ("-sg", "norm")])
+def test_a_run_recovers_from_a_corrupt_batch(train, directory, monkeypatch, flag, name):
+    """Batch 140 of a text is noise, with a spike of the loss, or zeros, as a disk leaves them, with one of the norm.
+
+    By the formula, in whose window of 128 it is itself, it alone is skipped, and the run goes on as if it had not been.
+    """
+    tokens = text(3, 32 * 160 + 1)
+    noise = [int(token) for token in np.random.default_rng(1).integers(0, V, 32)]
+    tokens[32 * 140 + 1 : 32 * 141 + 1] = noise if name == "loss" else [0] * 32
+    write_shard(directory / "data" / "spike.bin", tokens)
+    monkeypatch.setattr(llmc.prepare, "DataLoader", functools.partial(in_order, DataLoader))
+    flags = "-i data/spike.bin -x 160 -l 2e-2 -u 20 --json-log 1"
+    runs = []
+    for extra in ("-o plain", f"-o skipping {flag} 6"):
+        printed = train(f"{flags} {extra}").out
+        path = directory / extra.split()[1] / "main.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        runs.append((printed, [record for record in records if "norm" in record]))
+    (plain_out, plain), (skipping_out, skipping) = runs
+    values = np.array([record[name] for record in skipping])
+    z = {}
+    for step in range(128, 160):
+        window = values[step - 127 : step + 1]
+        z[step] = (values[step] - window.mean()) / window.std()
+    spikes = [step for step, value in z.items() if value > 6]
+    assert spikes == [140]
+    printed = re.findall(r"^skipping update due to (\w+) z-score of (\S+)$", skipping_out, re.MULTILINE)
+    assert [(kind, float(value)) for kind, value in printed] == [
+        ({"loss": "loss", "norm": "grad"}[name], pytest.approx(z[140], abs=1e-6))  # six digits are printed
+    ]
+    assert "skipping" not in plain_out
+    assert [r["loss"] for r in plain[:141]] == [r["loss"] for r in skipping[:141]]
+    # An update with it would cost the next steps; without it they are what they were before.
+    before, after, hurt = (
+        np.mean([r["loss"] for r in part]) for part in (skipping[130:140], skipping[141:], plain[141:])
+    )
+    assert after < before + 0.1 and after < hurt
+
+
 def test_an_unusually_good_loss_is_no_reason_to_skip(train):
     result = train("-x 150 -l 3e-3 -sl 0.5")
     z = [float(value) for value in re.findall(r"loss \S+ \(([-+.0-9]+)z\)\|", result.out)]
@@ -468,7 +508,11 @@ def test_a_loss_that_is_no_number_ends_the_run(train, directory, capsys):
         cli.run("llmc-train", lambda argv: train("-l 1e30 -x 20"))
     assert caught.value.code == 1
     message = capsys.readouterr().err
-    assert re.fullmatch(r"llmc-train: error: the (loss|gradient norm) is (nan|inf) at step \d+: lower .*\n", message)
+    assert re.fullmatch(
+        r"llmc-train: error: the loss is (nan|inf) at step 2: activation h\d\.\w+ is not finite at token \d+ of "
+        r"data/t_train_\d\.bin; lower the learning rate -l or the weight decay -c, or raise the warm-up -u\n",
+        message,
+    )
     log = (directory / "out" / "main.log").read_text()
     assert log.startswith("s:0 trl:")
     assert "nan" not in log
@@ -483,7 +527,10 @@ def test_weights_that_are_no_numbers(directory, capsys, flags):
         cli.run("llmc-train", command, [*BASE.split(), "-e", "model.bin", *flags.split()])
     assert caught.value.code == 1
     message = capsys.readouterr().err
-    expected = r"the weights of -e model\.bin already give a (validation )?loss of nan: start from other weights"
+    expected = (
+        r"the weights of -e model\.bin already give a (validation )?loss of nan: "
+        r"parameter wte is not finite; start from other weights"
+    )
     assert re.fullmatch(rf"llmc-train: error: {expected}\n", message)
 
 

@@ -10,6 +10,8 @@ the batches whose first token the run before it has consumed in this epoch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,13 @@ from llmc.data.shards import find_shards, read_shard
 from llmc.errors import RunError
 
 MAX_EPOCHS_APART = 1000  # of ranks that compute the same number of batches
+
+
+class Position(NamedTuple):
+    """Where a batch of one rank lies."""
+
+    path: Path
+    start: int  # its first token in that shard
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class DataLoader:
     """Endless batches from the shards that match a glob pattern.
 
     B rows of T tokens per batch and rank. `vocab_size`, where given, is checked against every token that is read.
-    `num_tokens` counts all tokens of all `num_shards` shards.
+    `num_tokens` counts all tokens of all `num_shards` shards. `position` is that of the newest batch.
     RunError: no match, a bad shard, a shard too small for one sample.
     """
 
@@ -93,12 +102,18 @@ class DataLoader:
                 self._open(self.shard_index + 1)
             else:
                 self.reset()
-        n = self.B * self.T
-        start = int(self.starts[self.next_sample])
-        stored = self.tokens[start : start + n + 1]
-        self._check_vocabulary(stored, start)  # before uint32 becomes int32
-        tokens = stored.astype(np.int32)
+        self.position = Position(self.path, int(self.starts[self.next_sample]))
         self.next_sample += 1
+        return self._read(self.tokens, self.position)
+
+    def read(self, position: Position) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch that next_batch, here or on another rank, gave from there."""
+        return self._read(read_shard(position.path), position)
+
+    def _read(self, shard: np.ndarray, position: Position) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = shard[position.start : position.start + self.B * self.T + 1]
+        self._check_vocabulary(stored, position)  # before uint32 becomes int32
+        tokens = stored.astype(np.int32)
         # Targets get memory of their own: views into one buffer would alias.
         inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:].copy())
         return inputs.view(self.B, self.T), targets.view(self.B, self.T)
@@ -217,13 +232,13 @@ class DataLoader:
             )
         return n
 
-    def _check_vocabulary(self, tokens: np.ndarray, start: int) -> None:
+    def _check_vocabulary(self, tokens: np.ndarray, position: Position) -> None:
         if self.vocab_size is None or tokens.max() < self.vocab_size:
             return
         offset = int(np.argmax(tokens >= self.vocab_size))
         raise RunError(
-            f"{self.path}: token {tokens[offset]} at offset {start + offset} is outside the model's vocabulary of "
-            f"{self.vocab_size}: train on a data set made with the model's tokenizer"
+            f"{position.path}: token {tokens[offset]} at offset {position.start + offset} is outside the model's "
+            f"vocabulary of {self.vocab_size}: train on a data set made with the model's tokenizer"
         )
 
 
