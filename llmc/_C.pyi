@@ -72,6 +72,8 @@ class Options:
         classifier_rows: int = 0,
         device: str = "cpu",
         tf32: bool = True,
+        offload_optimizer: bool = False,
+        offload_piece: int = 0,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -95,6 +97,10 @@ class Options:
     def device(self) -> str: ...
     @property
     def tf32(self) -> bool: ...
+    @property
+    def offload_optimizer(self) -> bool: ...
+    @property
+    def offload_piece(self) -> int: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WELL_KNOWN_FILES = {"gpt2_124M_bf16.bin": "gpt2:d12", "gpt2_124M.bin": "gpt2:d12", "chessGPT_d8_bf16.bin": "chess:d8"}
 
+HOST = "host"  # the lifetime of what is in the host's memory
 ALIGNMENT = 256  # bytes; the core pads every buffer to a multiple, kAlignment in csrc/gpt2/plan.cpp
 
 
@@ -23,7 +24,7 @@ class Buffer:
     """A row of the memory plan."""
 
     name: str
-    lifetime: str  # parameters, gradients, optimizer or activations: one allocation each
+    lifetime: str  # parameters, gradients, optimizer, activations or host, the host's memory: one allocation each
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the allocation; buffers may share memory
@@ -94,6 +95,8 @@ def core_options(
     """The flags as the core takes them; the keywords replace single ones."""
     from llmc import _C
 
+    if config.offload_optimizer and not device.is_cuda:
+        raise UsageError("--offload-optimizer 1 has no effect on a CPU, whose memory is the host's: drop it")
     return _C.Options(
         batch_size=config.batch_size if batch_size is None else batch_size,
         seq_len=config.seq_len,
@@ -105,6 +108,7 @@ def core_options(
         zero_stage=config.zero_stage if zero_stage is None else zero_stage,
         device=device.core_name,
         tf32=config.tf32,
+        offload_optimizer=config.offload_optimizer,
     )
 
 
@@ -116,7 +120,13 @@ def memory_plan(config: "_C.GPT2Config", options: "_C.Options", world_size: int 
 
 
 def total_bytes(buffers: list[Buffer]) -> int:
-    return sum(bytes_by_lifetime(buffers).values())
+    """Of the device's memory."""
+    return sum(size for lifetime, size in bytes_by_lifetime(buffers).items() if lifetime != HOST)
+
+
+def host_bytes(buffers: list[Buffer]) -> int:
+    """Of the host's memory, where that is not the device's."""
+    return bytes_by_lifetime(buffers).get(HOST, 0)
 
 
 def bytes_by_lifetime(buffers: list[Buffer]) -> dict[str, int]:

@@ -170,6 +170,9 @@ class TrainConfig:
         "less memory, more work: 0 keep all, 1 recompute GELU, 2 layernorm too, 3 attention's projections too, "
         "4 the whole block",
     )
+    offload_optimizer: bool = flag(
+        "", False, "memory", ANY, "1: AdamW's m, v and master weights stay in host memory and pass through the GPU"
+    )
     zero_stage: int = flag(
         "-z", 0, "memory", one_of(0, 1, 2, 3), "ZeRO: 1 optimizer state, 2 gradients, 3 parameters cut over processes"
     )

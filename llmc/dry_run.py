@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from llmc import models
 from llmc.build import (
+    HOST,
     Buffer,
     bytes_by_lifetime,
     core_config,
@@ -164,11 +165,12 @@ def buffer_lines(buffers: list[Buffer]) -> list[str]:
 def total_lines(buffers: list[Buffer], batch_size: int, memory: int) -> list[str]:
     lifetimes = bytes_by_lifetime(buffers)
     lines = [f"{lifetime}: {size} bytes, {size / MIB:.1f} MiB" for lifetime, size in lifetimes.items()]
-    needed = sum(lifetimes.values())
+    needed = total_bytes(buffers)
+    total = "total without host" if HOST in lifetimes else "total"
     return [
         "",
         *lines,
-        f"total: {needed} bytes, {needed / MIB:.1f} MiB of {memory / MIB:.1f} MiB: "
+        f"{total}: {needed} bytes, {needed / MIB:.1f} MiB of {memory / MIB:.1f} MiB: "
         + ("fits" if needed <= memory else "does not fit"),
         f"memory per sequence: {lifetimes['activations'] / batch_size / MIB:.1f} MiB",
     ]

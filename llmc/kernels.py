@@ -55,7 +55,23 @@ class Wait:
     what: str
 
 
-Event = Kernel | Collective | Wait
+@dataclass(frozen=True)
+class Fetch:
+    """Optimizer state comes from host memory into one of two slots, once what was stored from there has gone."""
+
+    slot: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """It goes back."""
+
+    slot: int
+    bytes: int
+
+
+Event = Kernel | Collective | Wait | Fetch | Store
 
 
 def product(what: str, M: int, N: int, K: int, moved: float) -> Kernel:
@@ -97,10 +113,15 @@ class Step:
         self.last_unit = len(units) - 1
         self.num_tensors = sum(len(tensors) for _, _, tensors in units)
         self.unit_numels = [sum(numel for _, _, numel in tensors) for _, _, tensors in units]
-        self.chunk_rows: int = next(row[3][0] for row in _C.plan(config, options, world_size) if row[0] == "logits")
+        shapes = {row[0]: row[3] for row in _C.plan(config, options, world_size)}
+        self.chunk_rows = shapes["logits"][0]
+        self.offload_piece = shapes["m_ring"][1] if options.offload_optimizer else 0  # elements
+        # Where the tensors of a unit begin and end in it.
+        self.tensors = [[(at - offset, at - offset + n) for _, at, n in tensors] for offset, _, tensors in units]
         self.sums_dwte_apart = options.grad_dtype != "fp32" and self.chunk_rows < self.N
         self._gathered: dict[int, int] = {}  # units by place, as in sharding.cpp
         self._reduced: dict[int, int] = {}
+        self._slot = 0  # of the offloaded optimizer
 
     def phases(self) -> list[tuple[Callable[[], Iterator[Event]], int]]:
         """The micro-steps and the update in their order, each with how often it is repeated."""
@@ -355,23 +376,39 @@ class Step:
             yield from self.collective("all_reduce", "norm", 4)
         yield Wait("norm")
         yield Kernel("norm and loss", "clip factor", "clip_scale_kernel*", 0)
-        value = (
-            8 + self.x if self.has_master else 2 * self.x
-        )  # read and written; with a master copy one is only written
+        value = 8 + self.x if self.has_master else 2 * self.x  # read and written, but only written with a master copy
         yield memset("broken parameters", 4)
-        adamw = partial(Kernel, "optimizer", "AdamW", "adamw_kernel*")
         moved = (gradient + 16 + value) / parts  # for each parameter
-        if 1 <= self.stage <= 2:
+        if self.options.offload_optimizer or 1 <= self.stage <= 2:
             for unit, numel in enumerate(self.unit_numels):
-                yield adamw(numel * moved)
-                yield from self.collective("all_gather", f"updated {unit}", self.x * self.unit_sizes[unit])
+                if self.options.offload_optimizer:
+                    yield from self.offloaded(unit, numel * moved, parts)
+                else:
+                    yield self.adamw(numel * moved)
+                if 1 <= self.stage <= 2:
+                    yield from self.collective("all_gather", f"updated {unit}", self.x * self.unit_sizes[unit])
         else:
             launches = math.ceil(self.num_tensors / MAX_SLICES)
             for _ in range(launches):
-                yield adamw(sum(self.unit_numels) * moved / launches)
+                yield self.adamw(sum(self.unit_numels) * moved / launches)
         if self.stage >= 1:
             yield from self.collective("all_reduce", "broken parameters", 4)
         yield Wait("broken parameters")
+
+    def adamw(self, moved: float) -> Kernel:
+        return Kernel("optimizer", "AdamW", "adamw_kernel*", moved)
+
+    def offloaded(self, unit: int, moved: float, parts: int) -> Iterator[Event]:
+        """The update of the first rank's part, piece by piece."""
+        size = self.unit_sizes[unit] // parts
+        bytes_each = 12 if self.has_master else 8  # m, v and master
+        for begin in range(0, size, self.offload_piece):
+            end = min(begin + self.offload_piece, size)
+            self._slot = 1 - self._slot
+            yield Fetch(self._slot, bytes_each * (end - begin))
+            if any(first < end and begin < last for first, last in self.tensors[unit]):
+                yield self.adamw(moved * (end - begin) / size)
+            yield Store(self._slot, bytes_each * (end - begin))
 
     # --- sharding.cpp -------------------------------------------------------------------------------------------------
 

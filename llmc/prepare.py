@@ -9,6 +9,7 @@ from llmc.build import (
     Buffer,
     core_config,
     core_options,
+    host_bytes,
     is_file,
     memory_plan,
     model_shape,
@@ -24,6 +25,7 @@ from llmc.data.shards import find_shards
 from llmc.device import Device, choose_device, communicator
 from llmc.errors import RunError, UsageError
 from llmc.hellaswag import load_examples
+from llmc.machine import memory_bytes
 from llmc.model_file import FileDtype, ModelShape, load_model
 from llmc.outliers import OutlierDetector
 from llmc.output_dir import check_output_dir
@@ -259,4 +261,11 @@ def check_memory(buffers: list[Buffer], device: Device, ranks: Ranks) -> None:
         raise RunError(
             f"the run needs {needed // 2**20} MiB of memory, {where}: "
             "lower -b or -t, raise -r, or use a smaller model (--dry-run shows what would fit)"
+        )
+    offloaded, available = host_bytes(buffers), memory_bytes() // ranks.local_size
+    if offloaded > available:
+        each = " for each process" if ranks.local_size > 1 else ""
+        raise RunError(
+            f"--offload-optimizer 1: the optimizer's state is {offloaded // 2**20} MiB, this machine has "
+            f"{available // 2**20} MiB{each}: use more machines with -z 1, or drop it"
         )

@@ -1,6 +1,6 @@
 """What the trainer says before the first step: the table of settings and the sizes in memory."""
 
-from llmc.build import bytes_by_lifetime
+from llmc.build import bytes_by_lifetime, total_bytes
 from llmc.logger import Row, table
 from llmc.model_file import ITEM_BYTES
 from llmc.prepare import Run
@@ -98,17 +98,18 @@ def memory_report(run: Run) -> str:
     """The lines after those: sizes of the other allocations, and what would still fit."""
     B = run.config.batch_size
     lifetimes = bytes_by_lifetime(run.buffers)
-    optimizer = {buffer.name: buffer.bytes for buffer in run.buffers if buffer.lifetime == "optimizer"}
-    used, memory = sum(lifetimes.values()), run.device.memory
+    optimizer = {buffer.name: buffer.bytes for buffer in run.buffers if buffer.name in ("m", "v", "master")}
+    used, memory = total_bytes(run.buffers), run.device.memory
+    host = " in host memory" if run.config.offload_optimizer else ""
     per_sequence = lifetimes["activations"] // B
     lines = [
         f"allocating {lifetimes['gradients'] // MIB} MiB for parameter gradients",
         f"allocating {lifetimes['activations'] // MIB} MiB for activations",
-        f"allocating {optimizer['m'] // MIB} MiB for AdamW optimizer state m",
-        f"allocating {optimizer['v'] // MIB} MiB for AdamW optimizer state v",
+        f"allocating {optimizer['m'] // MIB} MiB for AdamW optimizer state m{host}",
+        f"allocating {optimizer['v'] // MIB} MiB for AdamW optimizer state v{host}",
     ]
     if "master" in optimizer:
-        lines.append(f"allocating {optimizer['master'] // MIB} MiB for master copy of params")
+        lines.append(f"allocating {optimizer['master'] // MIB} MiB for master copy of params{host}")
     lines += [
         f"device memory usage: {used // MIB} MiB / {memory // MIB} MiB",
         f"memory per sequence: {per_sequence // MIB} MiB",

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmc.kernels import Collective, Event, Kernel, Step
+from llmc.kernels import Collective, Event, Fetch, Kernel, Step, Store
 from llmc.model_file import FileDtype
 from llmc.peak import GPUS as PROCESSORS
 from llmc.peak import peak_flops
@@ -35,6 +35,7 @@ class Gpu:
     link_name: str
     link: float  # bytes to the other GPUs of the machine
     network: float  # bytes to other machines: for each GPU its part of the network cards of a usual machine
+    host: float  # bytes to the host's memory
 
     @property
     def sms(self) -> int:
@@ -56,15 +57,15 @@ HOSTED_PCIE4 = PCIE4 / 2
 HDR, NDR, SHARED_100G = 25e9, 50e9, 12.5e9 / 8  # InfiniBand of each GPU; one card of 100 Gbit/s for eight
 
 GPUS = {
-    "A100": Gpu("NVIDIA A100-SXM4-80GB", "Ampere", 81920, 2039e9, 19.5e12, "NVLink 3", NVLINK3, HDR),
-    "A100-40GB": Gpu("NVIDIA A100-SXM4-40GB", "Ampere", 40960, 1555e9, 19.5e12, "NVLink 3", NVLINK3, HDR),
-    "A100-PCIe": Gpu("NVIDIA A100 80GB PCIe", "Ampere", 81920, 1935e9, 19.5e12, "PCIe 4", PCIE4, HDR),
-    "H100": Gpu("NVIDIA H100 80GB HBM3", "Hopper", 81559, 3350e9, 67e12, "NVLink 4", NVLINK4, NDR),
-    "H100-PCIe": Gpu("NVIDIA H100 PCIe", "Hopper", 81559, 2000e9, 51e12, "PCIe 5", PCIE5, NDR),
-    "H100-NVL": Gpu("NVIDIA H100 NVL", "Hopper", 95830, 3938e9, 60e12, "PCIe 5", PCIE5, NDR),
-    "H200": Gpu("NVIDIA H200", "Hopper", 143771, 4800e9, 67e12, "NVLink 4", NVLINK4, NDR),
-    "B200": Gpu("NVIDIA B200", "Blackwell", 183359, 8000e9, 80e12, "NVLink 5", NVLINK5, NDR),
-    "4090": Gpu("NVIDIA GeForce RTX 4090", "Ada", 24564, 1008e9, 82.6e12, "PCIe 4", HOSTED_PCIE4, SHARED_100G),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", "Ampere", 81920, 2039e9, 19.5e12, "NVLink 3", NVLINK3, HDR, PCIE4),
+    "A100-40GB": Gpu("NVIDIA A100-SXM4-40GB", "Ampere", 40960, 1555e9, 19.5e12, "NVLink 3", NVLINK3, HDR, PCIE4),
+    "A100-PCIe": Gpu("NVIDIA A100 80GB PCIe", "Ampere", 81920, 1935e9, 19.5e12, "PCIe 4", PCIE4, HDR, PCIE4),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", "Hopper", 81559, 3350e9, 67e12, "NVLink 4", NVLINK4, NDR, PCIE5),
+    "H100-PCIe": Gpu("NVIDIA H100 PCIe", "Hopper", 81559, 2000e9, 51e12, "PCIe 5", PCIE5, NDR, PCIE5),
+    "H100-NVL": Gpu("NVIDIA H100 NVL", "Hopper", 95830, 3938e9, 60e12, "PCIe 5", PCIE5, NDR, PCIE5),
+    "H200": Gpu("NVIDIA H200", "Hopper", 143771, 4800e9, 67e12, "NVLink 4", NVLINK4, NDR, PCIE5),
+    "B200": Gpu("NVIDIA B200", "Blackwell", 183359, 8000e9, 80e12, "NVLink 5", NVLINK5, NDR, PCIE5),
+    "4090": Gpu("NVIDIA GeForce RTX 4090", "Ada", 24564, 1008e9, 82.6e12, "PCIe 4", HOSTED_PCIE4, SHARED_100G, PCIE4),
 }  # by NVIDIA's data sheets; of the PCIe cards without bridges
 
 # --- constants --------------------------------------------------------------------------------------------------------
@@ -165,6 +166,9 @@ class Machine:
             link = min(link, self.gpu.network * self.gpus_per_node)
         return LINK_SHARE * link
 
+    def host_seconds(self, moved: int) -> float:
+        return moved / (LINK_SHARE * self.gpu.host)
+
     def losses(self, kernel: Kernel) -> dict[str, float]:
         """Seconds of a launch beyond those of its useful flops at the peak, by their cause."""
         work = self.seconds(kernel) - LAUNCH
@@ -184,12 +188,14 @@ class Machine:
 
 
 class Timeline:
-    """Kernels on one stream and collectives on another, each in its order."""
+    """Kernels on one stream, collectives and the two ways of host copies on others, each in its order."""
 
     def __init__(self, machine: Machine, ranks: int) -> None:
         self.machine, self.ranks = machine, ranks
         self.kernels = self.collectives = 0.0  # seconds, when the last one of each ends
         self.ends: dict[str, float] = {}  # of collectives
+        self.fetched = self.stored = self.waited_for_host = 0.0
+        self.free = [0.0, 0.0]  # when the slots of the host copies are
         self.seconds: dict[Kernel, float] = {}
 
     def play(self, event: Event) -> None:
@@ -201,6 +207,13 @@ class Timeline:
             start = max(self.kernels, self.collectives)
             self.collectives = start + self.machine.collective_seconds(event, self.ranks)
             self.ends[event.what] = self.collectives
+        elif isinstance(event, Fetch):  # long issued: the host is ahead of the GPU
+            self.fetched = max(self.fetched, self.free[event.slot]) + self.machine.host_seconds(event.bytes)
+            self.waited_for_host += max(0.0, self.fetched - self.kernels)
+            self.kernels = max(self.kernels, self.fetched)
+        elif isinstance(event, Store):
+            self.stored = max(self.stored, self.kernels) + self.machine.host_seconds(event.bytes)
+            self.free[event.slot] = self.stored
         else:
             self.kernels = max(self.kernels, self.ends.get(event.what, 0.0))
 
@@ -224,7 +237,7 @@ class Prediction:
 
     @property
     def waiting(self) -> float:
-        """For other ranks, with nothing else to do."""
+        """For other ranks or host memory, with nothing else to do."""
         return self.seconds - self.kernel_seconds
 
 
@@ -245,7 +258,9 @@ def predict(step: Step, machine: Machine) -> Prediction:
         for cause, seconds in machine.losses(kernel).items():
             losses[cause] += seconds * count
     if step.world_size > 1:
-        losses["waiting for other ranks"] = timeline.kernels - kernel_seconds
+        losses["waiting for other ranks"] = timeline.kernels - kernel_seconds - timeline.waited_for_host
+    if step.options.offload_optimizer:
+        losses["waiting for the optimizer's state"] = timeline.waited_for_host
     flops = step.model_flops_per_token * step.N * step.accumulation_steps
     return Prediction(
         timeline.kernels,

@@ -55,6 +55,7 @@ class Step:
     zero_stage: int = 0
     world_size: int = 1
     accumulation_steps: int = 1
+    offload_piece: int = 0  # of an offloaded optimizer; 0: it is on the GPU
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -83,6 +84,8 @@ class Step:
             zero_stage=self.zero_stage,
             device="cuda",
             tf32=self.tf32,
+            offload_optimizer=self.offload_piece > 0,
+            offload_piece=self.offload_piece,
         )
 
     def on_paper(self) -> kernels.Step:

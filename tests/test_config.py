@@ -55,6 +55,7 @@ FLAGS = [
     ("tf32", "-f", "--tf32", True, "0", False, ""),
     ("gelu_fusion", "-ge", "--gelu-fusion", -1, "2", 2, ""),
     ("recompute", "-r", "--recompute", 1, "2", 2, ""),
+    ("offload_optimizer", "", "--offload-optimizer", False, "1", True, ""),
     ("zero_stage", "-z", "--zero-stage", 0, "3", 3, ""),
     ("gpus_per_node", "-pg", "--gpus-per-node", 8, "4", 4, "-pm fs"),
     ("start_method", "-pm -pi", "--start-method", "mpi", "tcp", "tcp", ""),

@@ -31,6 +31,19 @@ STEPS = [
         for P, A in ((1, 3), (2, 1), (3, 4))
     ),
     {"descriptor": "custom:l=1,c=32,h=2,t=16,v=65", "B": 1, "T": 16, "zero_stage": 3, "world_size": 2},
+    *(
+        {
+            "descriptor": TINY,
+            "B": 2,
+            "T": 16,
+            "precision": precision,
+            "offload_piece": 256,
+            "zero_stage": z,
+            "world_size": P,
+        }
+        for precision in ("fp32", "bf16")
+        for z, P in ((0, 1), (1, 3), (3, 2))
+    ),
     {"descriptor": CHUNKS, "B": 3, "T": 512},
     {"descriptor": CHUNKS, "B": 3, "T": 512, "accumulation_steps": 2},
     {"descriptor": CHUNKS, "B": 3, "T": 512, "grad_dtype": "fp32", "accumulation_steps": 2},

@@ -24,8 +24,12 @@ at::Tensor torch_view(const Model& model, const Tensor& tensor, c10::IntArrayRef
   return view_of_memory(model, model->options().device, tensor, shape);
 }
 
-at::Tensor torch_view(const Model& model, const Tensor& tensor) {
-  return torch_view(model, tensor, c10::IntArrayRef(tensor.shape, tensor.ndim));
+// Of a buffer of the plan, or a part of it. What is in host memory is the CPU's, and what the last update made of it.
+at::Tensor torch_view(const Model& model, const std::string& buffer, const Tensor& tensor) {
+  const bool host = model->plan().buffer(buffer).lifetime == Lifetime::Host;
+  if (host) model->ops().finish_stores();
+  const Device device = host ? Device{} : model->options().device;
+  return view_of_memory(model, device, tensor, c10::IntArrayRef(tensor.shape, tensor.ndim));
 }
 
 template <typename View>
@@ -97,7 +101,7 @@ void update(GPT2& model, float lr, float weight_decay, int64_t step, float beta1
 py::dict state(const Model& model, const std::string& name) {
   return by_name(model, [&](const ParameterTensor& tensor) {
     const Tensor state = model->state(name, tensor);
-    return torch_view(model, state ? state : make_tensor(nullptr, model->buffer(name).dtype, 0));
+    return torch_view(model, name, state ? state : make_tensor(nullptr, model->buffer(name).dtype, 0));
   });
 }
 
@@ -125,7 +129,10 @@ py::dict gather_parameters(const Model& model, size_t unit) {
 
 py::dict memory(const GPT2& model) {
   py::dict result;
-  for (int i = 0; i < kNumLifetimes; i++) result[name_of(Lifetime(i))] = model.plan().bytes[i];
+  for (int i = 0; i < kNumLifetimes; i++) {
+    if (Lifetime(i) == Lifetime::Host && !model.options().offload_optimizer) continue;
+    result[name_of(Lifetime(i))] = model.plan().bytes[i];
+  }
   return result;
 }
 
@@ -187,27 +194,30 @@ void register_model(py::module_& module) {
       .def_property_readonly("num_parameters", &GPT2Config::num_parameters);
 
   py::class_<Options>(module, "Options", py::module_local(), "How a model is run; see csrc/gpt2/config.h.")
-      .def(
-          py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
-                      const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion, bool master_weights,
-                      int zero_stage, int64_t classifier_rows, const std::string& device, bool tf32) {
-            Options options;
-            options.device = parse_device(device);
-            options.tf32 = tf32;
-            options.batch_size = batch_size;
-            options.seq_len = seq_len;
-            options.precision = parse_dtype(precision);
-            options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
-            options.recompute = recompute;
-            options.gelu_fusion = gelu_fusion;
-            options.master_weights = master_weights;
-            options.zero_stage = zero_stage;
-            options.classifier_rows = classifier_rows;
-            return options;
-          }),
-          py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
-          "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
-          "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true)
+      .def(py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
+                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
+                       bool master_weights, int zero_stage, int64_t classifier_rows, const std::string& device,
+                       bool tf32, bool offload_optimizer, int64_t offload_piece) {
+             Options options;
+             options.device = parse_device(device);
+             options.tf32 = tf32;
+             options.batch_size = batch_size;
+             options.seq_len = seq_len;
+             options.precision = parse_dtype(precision);
+             options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
+             options.recompute = recompute;
+             options.gelu_fusion = gelu_fusion;
+             options.master_weights = master_weights;
+             options.zero_stage = zero_stage;
+             options.classifier_rows = classifier_rows;
+             options.offload_optimizer = offload_optimizer;
+             options.offload_piece = offload_piece;
+             return options;
+           }),
+           py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
+           "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
+           "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true, "offload_optimizer"_a = false,
+           "offload_piece"_a = 0)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
@@ -218,7 +228,9 @@ void register_model(py::module_& module) {
       .def_readonly("zero_stage", &Options::zero_stage)
       .def_readonly("classifier_rows", &Options::classifier_rows)
       .def_property_readonly("device", [](const Options& self) { return name_of(self.device); })
-      .def_readonly("tf32", &Options::tf32);
+      .def_readonly("tf32", &Options::tf32)
+      .def_readonly("offload_optimizer", &Options::offload_optimizer)
+      .def_readonly("offload_piece", &Options::offload_piece);
 
   module.def(
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
@@ -314,7 +326,8 @@ void register_model(py::module_& module) {
            "exist "
            "after start_optimizer() or the first update.")
       .def(
-          "buffer", [](const Model& self, const std::string& name) { return torch_view(self, self->buffer(name)); },
+          "buffer",
+          [](const Model& self, const std::string& name) { return torch_view(self, name, self->buffer(name)); },
           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
       .def("memory", &memory, "Bytes of the plan by lifetime; each lifetime is allocated when it is first needed.")
       .def("operation_times", &operation_times,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstring>
 #include <utility>
 
 #include "cuda/check.h"
@@ -27,6 +28,7 @@ CudaOps::~CudaOps() {
   cudaSetDevice(device_);
   cudaStreamSynchronize(own_stream_);
   staging_.reset();
+  host_copies_.reset();
   cudaFree(own_workspace_);
   cudaStreamDestroy(own_stream_);
   restore_current(previous);
@@ -90,6 +92,43 @@ void CudaOps::download(void* host, Tensor x) {
   LLMC_CUDA_CHECK(cudaMemcpyAsync(host, x.data, size_t(x.bytes()), cudaMemcpyDeviceToHost, stream_));
   LLMC_CUDA_CHECK(cudaStreamSynchronize(stream_));
 }
+
+void* CudaOps::allocate_host(size_t bytes) {
+  if (!host_copies_) host_copies_ = std::make_unique<HostCopies>();
+  void* memory = nullptr;
+  const cudaError_t status = cudaMallocHost(&memory, std::max(bytes, size_t(1)));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it was handled
+    LLMC_CHECK(false,
+               "this machine gives a GPU no %zu MiB of its memory: keep the optimizer on the GPU, or use more GPUs",
+               bytes >> 20);
+  }
+  LLMC_CUDA_CHECK(status);
+  std::memset(memory, 0, bytes);
+  return memory;
+}
+
+// Called from destructors: an error has nobody to go to.
+void CudaOps::free_host(void* memory) {
+  if (!memory) return;
+  try {
+    finish_stores();
+  } catch (const Error&) {
+  }
+  cudaFreeHost(memory);  // waits for the device
+}
+
+void CudaOps::fetch(int slot, const HostCopy* copies, int64_t count) {
+  host_copies_->fetch(slot, copies, count, stream_);
+}
+
+void CudaOps::store(int slot, const HostCopy* copies, int64_t count) {
+  host_copies_->store(slot, copies, count, stream_);
+}
+
+void CudaOps::fetch_after_stores() { host_copies_->fetch_after_stores(); }
+
+void CudaOps::finish_stores() { host_copies_->finish_stores(); }
 
 void CudaOps::begin_range(const char* name) { nvtxRangePushA(name); }
 

@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 
+#include "cuda/host_copies.h"
 #include "cuda/staging.h"
 #include "ops/ops.h"
 
@@ -44,6 +45,12 @@ class CudaOps final : public Ops {
   void fill_zero(Tensor x) override;
   void upload(Tensor x, const void* host) override;
   void download(void* host, Tensor x) override;
+  void* allocate_host(size_t bytes) override;
+  void free_host(void* memory) override;
+  void fetch(int slot, const HostCopy* copies, int64_t count) override;
+  void store(int slot, const HostCopy* copies, int64_t count) override;
+  void fetch_after_stores() override;
+  void finish_stores() override;
   void begin_range(const char* name) override;
   void end_range() override;
 
@@ -92,6 +99,7 @@ class CudaOps final : public Ops {
   void* own_workspace_ = nullptr;
   int64_t own_workspace_bytes_ = 0;
   std::unique_ptr<Staging> staging_;
+  std::unique_ptr<HostCopies> host_copies_;  // of models that have host memory
   std::unique_ptr<CublasLt> cublas_;
 };
 

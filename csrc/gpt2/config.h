@@ -40,7 +40,9 @@ struct Options {
   // Sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. One rank has nothing to
   // shard: there every stage runs as 0.
   int zero_stage = 0;
-  int64_t classifier_rows = 0;  // rows of the loss head's logits chunk; 0: the plan chooses
+  bool offload_optimizer = false;  // on CUDA: optimizer state stays in host memory, and passes through the device
+  int64_t classifier_rows = 0;     // rows of the loss head's logits chunk; 0: the plan chooses
+  int64_t offload_piece = 0;       // elements of the optimizer state on the device at a time; 0: the plan chooses
 
   // The options of a model on so many ranks.
   Options on_ranks(int world_size) const;

@@ -33,7 +33,10 @@ GPT2::~GPT2() {
 
 void GPT2::allocate(Lifetime lifetime) {
   auto& memory = memory_[int(lifetime)];
-  if (!memory) memory = {ops_->allocate(plan_.bytes[int(lifetime)]), FreeMemory{ops_.get()}};
+  if (memory) return;
+  const size_t bytes = plan_.bytes[int(lifetime)];
+  const bool host = lifetime == Lifetime::Host;
+  memory = {host ? ops_->allocate_host(bytes) : ops_->allocate(bytes), FreeMemory{ops_.get(), host}};
 }
 
 // --- views -------------------------------------------------------------------------------------------------------------
@@ -41,7 +44,7 @@ void GPT2::allocate(Lifetime lifetime) {
 Tensor GPT2::view(const Buffer& buffer) {
   char* memory = static_cast<char*>(memory_[int(buffer.lifetime)].get());
   LLMC_CHECK(memory != nullptr, "%s is not allocated yet, it exists after %s", buffer.name.c_str(),
-             buffer.lifetime == Lifetime::Optimizer ? "start_optimizer or the first update" : "the first backward");
+             buffer.lifetime == Lifetime::Gradients ? "the first backward" : "start_optimizer or the first update");
   Tensor tensor{memory + buffer.offset, buffer.dtype, int(buffer.shape.size()), {1, 1, 1, 1}};
   for (int i = 0; i < tensor.ndim; i++) tensor.shape[i] = buffer.shape[i];
   return tensor;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -60,7 +61,10 @@ class GPT2 {
 
   // Forgets m, v and master weights, as needed when parameters are written from outside after an update: the next update
   // starts from zero moments and takes the master weights from the parameters.
-  void reset_optimizer() { memory_[int(Lifetime::Optimizer)].reset(); }
+  void reset_optimizer() {
+    memory_[int(Lifetime::Optimizer)].reset();
+    memory_[int(Lifetime::Host)].reset();
+  }
 
   // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
   // At stage 3 all ranks take part: here, and so in evaluate.
@@ -123,7 +127,7 @@ class GPT2 {
 
   // Views for looking inside; they stay valid as long as the model. name: "parameters", "gradients", "m", "v" or
   // "master". The whole tensor in its shape, or, where the stage cuts that buffer, the part this rank owns, flat; absent
-  // if it owns none of it.
+  // if it owns none of it. An offloaded state is in host memory, and up to date after ops().finish_stores().
   Tensor state(const std::string& name, const ParameterTensor& tensor);
   // Any buffer of the plan by name, at full size (B,T).
   Tensor buffer(const std::string& name) { return view(plan_.buffer(name)); }
@@ -178,8 +182,18 @@ class GPT2 {
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);
   void compute_grad_norm(float grad_clip);
-  // The parts of the unit's tensors that this rank updates, matrices with the weight decay.
-  std::vector<AdamWSlice> slices(size_t unit, const Seeds& seeds, float weight_decay, bool with_gradients);
+  struct OptimizerState {  // of a part of a unit, on the device
+    Tensor m, v, master;   // f32 (n); master may be absent
+  };
+  using OnState = std::function<void(const Shard& part, const OptimizerState& state)>;
+  // Calls `use` with this rank's slice of the unit; piece by piece if the state is in host memory, from which `fetched`
+  // ("m", "v", "master") come and to which `stored` go.
+  void on_state(size_t unit, const std::vector<std::string>& fetched, const std::vector<std::string>& stored,
+                const OnState& use);
+  std::vector<std::string> state_names() const;
+  // The tensors in the part of the unit, matrices with the weight decay.
+  std::vector<AdamWSlice> slices(size_t unit, const Shard& part, const OptimizerState& state, const Seeds& seeds,
+                                 float weight_decay, bool with_gradients);
 
   template <typename Write>
   void write_parameters(const Seeds& seeds, float weight_decay, bool with_gradients, Write write);
@@ -211,13 +225,16 @@ class GPT2 {
 
   struct FreeMemory {
     Ops* ops;
-    void operator()(void* memory) const { ops->free(memory); }
+    bool host;
+    void operator()(void* memory) const { host ? ops->free_host(memory) : ops->free(memory); }
   };
   std::array<std::unique_ptr<void, FreeMemory>, kNumLifetimes> memory_;
 
   WorkingUnits gathered_, reduced_;  // parameters at stage 3, gradients from stage 2 on
   Ticket last_ticket_ = 0;
   Ticket before_last_forward_ = 0;  // the last ticket then
+
+  int offload_slot_ = 0;  // that was used last
 
   XorShift64 rng_{13371337};
   XorShift64 last_update_rng_ = rng_;

@@ -37,12 +37,53 @@ void UpdateOptions::validate() const {
   LLMC_CHECK(grad_clip > 0, "grad_clip is %g, it must be positive", grad_clip);
 }
 
+std::vector<std::string> GPT2::state_names() const {
+  if (options_.has_master()) return {"m", "v", "master"};
+  return {"m", "v"};
+}
+
+void GPT2::on_state(size_t unit, const std::vector<std::string>& fetched, const std::vector<std::string>& stored,
+                    const OnState& use) {
+  const Shard all = shard(unit);
+  if (!options_.offload_optimizer) {
+    use(all, {own("m", unit), own("v", unit), options_.has_master() ? own("master", unit) : Tensor{}});
+    return;
+  }
+  const int64_t size = buffer("m_ring").shape[1];
+  for (int64_t begin = all.begin; begin < all.end; begin += size) {
+    const int slot = offload_slot_ = 1 - offload_slot_;
+    const Shard part{begin, std::min(begin + size, all.end), all.offset + begin - all.begin};
+    const int64_t n = part.end - part.begin;
+    const auto there = [&](const std::string& name) {
+      return slice_elements(buffer(name + "_ring"), slot * size, slot * size + n);
+    };
+    const auto copies = [&](const std::vector<std::string>& names) {
+      std::vector<HostCopy> result;
+      for (const std::string& name : names) {
+        result.push_back({there(name), slice_elements(own(name, unit), begin - all.begin, part.end - all.begin).data});
+      }
+      return result;
+    };
+    const std::vector<HostCopy> in = copies(fetched), out = copies(stored);
+    ops_->fetch(slot, in.data(), int64_t(in.size()));
+    use(part, {there("m"), there("v"), options_.has_master() ? there("master") : Tensor{}});
+    ops_->store(slot, out.data(), int64_t(out.size()));
+  }
+}
+
 void GPT2::start_optimizer() {
   if (memory_[int(Lifetime::Optimizer)]) return;
   const OnDevice on_device(*ops_);
   allocate(Lifetime::Optimizer);  // zeroed, as m and v start
+  if (options_.offload_optimizer) {
+    allocate(Lifetime::Host);
+    for (const int slot : {0, 1}) ops_->store(slot, nullptr, 0);  // fetch waits for the zeros
+  }
   for (size_t unit = 0; options_.has_master() && unit < layout_.units.size(); unit++) {
-    ops_->cast(own("master", unit), own("parameters", unit));
+    on_state(unit, {}, {"master"}, [&](const Shard& part, const OptimizerState& state) {
+      const int64_t first = part.begin - shard(unit).begin;
+      ops_->cast(state.master, slice_elements(own("parameters", unit), first, first + part.end - part.begin));
+    });
   }
 }
 
@@ -52,21 +93,23 @@ GPT2::Seeds GPT2::draw_seeds(XorShift64& rng) {
   return seeds;
 }
 
-std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weight_decay, bool with_gradients) {
+std::vector<AdamWSlice> GPT2::slices(size_t unit, const Shard& part, const OptimizerState& state, const Seeds& seeds,
+                                     float weight_decay, bool with_gradients) {
   std::vector<AdamWSlice> slices;
-  const Shard part = shard(unit);
   for (const ParameterTensor& tensor : layout_.units[unit].tensors) {
     const int64_t begin = std::max(part.begin, tensor.offset), end = std::min(part.end, tensor.offset + tensor.numel);
     if (begin >= end) continue;
-    const auto elements = [&](const char* name) {
-      return slice_elements(own(name, unit), begin - part.begin, end - part.begin);
+    const int64_t own_begin = shard(unit).begin;
+    const auto of_own = [&](const char* name) {
+      return slice_elements(own(name, unit), begin - own_begin, end - own_begin);
     };
+    const auto of_state = [&](const Tensor& x) { return slice_elements(x, begin - part.begin, end - part.begin); };
     AdamWSlice slice;
-    slice.param = elements("parameters");
-    if (with_gradients) slice.grad = elements("gradients");
-    slice.m = elements("m");
-    slice.v = elements("v");
-    if (options_.has_master()) slice.master = elements("master");
+    slice.param = of_own("parameters");
+    if (with_gradients) slice.grad = of_own("gradients");
+    slice.m = of_state(state.m);
+    slice.v = of_state(state.v);
+    if (state.master) slice.master = of_state(state.master);
     slice.weight_decay = tensor.weight_decay ? weight_decay : 0;
     slice.seed = seeds[tensor.kind];
     slice.layer = tensor.layer;
@@ -77,16 +120,22 @@ std::vector<AdamWSlice> GPT2::slices(size_t unit, const Seeds& seeds, float weig
 }
 
 // Calls write for the slices of all units: together, or, where the other ranks need them, unit by unit, so that the first
-// are under way while the last are written.
+// are under way while the last are written; or piece by piece, as they come from host memory.
 template <typename Write>
 void GPT2::write_parameters(const Seeds& seeds, float weight_decay, bool with_gradients, Write write) {
+  const std::vector<std::string> names = state_names();
+  const std::vector<std::string> fetched = with_gradients ? names : std::vector<std::string>{"master"};
+  const std::vector<std::string> stored = with_gradients ? names : std::vector<std::string>{};
   std::vector<AdamWSlice> together;
   for (size_t unit = 0; unit < layout_.units.size(); unit++) {
-    const std::vector<AdamWSlice> own = slices(unit, seeds, weight_decay, with_gradients);
-    together.insert(together.end(), own.begin(), own.end());
-    if (!shares_updates() && unit + 1 < layout_.units.size()) continue;
-    write(together.data(), int64_t(together.size()));
-    together.clear();
+    const bool now = options_.offload_optimizer || shares_updates() || unit + 1 == layout_.units.size();
+    on_state(unit, fetched, stored, [&](const Shard& part, const OptimizerState& state) {
+      const std::vector<AdamWSlice> own = slices(unit, part, state, seeds, weight_decay, with_gradients);
+      together.insert(together.end(), own.begin(), own.end());
+      if (!now) return;
+      write(together.data(), int64_t(together.size()));
+      together.clear();
+    });
     if (shares_updates()) share_update(unit);
   }
   forget_gathered();

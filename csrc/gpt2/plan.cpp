@@ -10,6 +10,7 @@ namespace llmc {
 namespace {
 
 constexpr int64_t kAlignment = 256;                   // bytes, of every buffer
+constexpr int64_t kOffloadPiece = int64_t(1) << 22;   // elements: 16 MiB of m, of v and of master weights
 constexpr int64_t kLogitsBudget = int64_t(64) << 20;  // bytes of a logits chunk that are always granted
 
 // Rows of a logits chunk: the chunk shares its memory with the 4C-wide gradient of the blocks, so it may always be as
@@ -67,7 +68,7 @@ void add_working_units(Builder& builder, Lifetime lifetime, DType dtype, const P
 }  // namespace
 
 const char* name_of(Lifetime lifetime) {
-  static constexpr const char* kNames[kNumLifetimes] = {"parameters", "gradients", "optimizer", "activations"};
+  static constexpr const char* kNames[kNumLifetimes] = {"parameters", "gradients", "optimizer", "activations", "host"};
   return kNames[int(lifetime)];
 }
 
@@ -115,9 +116,18 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   }
 
   const int64_t state = stage >= 1 ? shard : size;
-  builder.add(Lifetime::Optimizer, "m", F32, {state});
-  builder.add(Lifetime::Optimizer, "v", F32, {state});
-  if (options.has_master()) builder.add(Lifetime::Optimizer, "master", F32, {state});
+  const Lifetime at = options.offload_optimizer ? Lifetime::Host : Lifetime::Optimizer;
+  std::vector<std::string> names = {"m", "v"};
+  if (options.has_master()) names.push_back("master");
+  for (const std::string& name : names) builder.add(at, name, F32, {state});
+  if (options.offload_optimizer) {
+    // Two pieces take turns on the device: one is moved while the other is updated.
+    int64_t largest = 0;
+    for (const ParameterUnit& unit : layout.units) largest = std::max(largest, unit.size);
+    if (stage >= 1) largest /= world_size;
+    const int64_t piece = std::min(options.offload_piece > 0 ? options.offload_piece : kOffloadPiece, largest);
+    for (const std::string& name : names) builder.add(Lifetime::Optimizer, name + "_ring", F32, {2, piece});
+  }
 
   const auto activation = [&](const std::string& name, DType dtype, std::vector<int64_t> shape) {
     builder.add(Lifetime::Activations, name, dtype, std::move(shape));

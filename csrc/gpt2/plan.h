@@ -14,9 +14,10 @@ namespace llmc {
 
 constexpr int64_t kNumVotes = 2;  // of each rank: see GPT2::vote
 
-// One allocation is made per lifetime, when it is first needed: sampling and evaluation never allocate gradients.
-enum class Lifetime { Parameters, Gradients, Optimizer, Activations };
-constexpr int kNumLifetimes = 4;
+// One allocation is made per lifetime, when it is first needed: sampling and evaluation never allocate gradients. Host is
+// the host's memory, not the device's.
+enum class Lifetime { Parameters, Gradients, Optimizer, Activations, Host };
+constexpr int kNumLifetimes = 5;
 
 const char* name_of(Lifetime lifetime);
 

@@ -1,5 +1,7 @@
 #include "ops/ops.h"
 
+#include "core/check.h"
+
 namespace llmc {
 
 Ops::~Ops() = default;
@@ -8,6 +10,12 @@ int Ops::make_current() { return 0; }
 void Ops::restore_current(int) {}
 void* Ops::stream() { return nullptr; }
 void Ops::use_workspace(Tensor) {}
+void* Ops::allocate_host(size_t) { LLMC_CHECK(false, "%s has no memory apart from the host's", name()); }
+void Ops::free_host(void*) {}
+void Ops::fetch(int, const HostCopy*, int64_t) {}
+void Ops::store(int, const HostCopy*, int64_t) {}
+void Ops::fetch_after_stores() {}
+void Ops::finish_stores() {}
 void Ops::begin_range(const char*) {}
 void Ops::end_range() {}
 

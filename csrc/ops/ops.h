@@ -41,6 +41,12 @@ struct AdamWStep {
   Tensor non_finite;  // f32 (1): becomes 1 if a parameter is written that is not finite, otherwise stays
 };
 
+// A place in host memory from Ops::allocate_host and the same number of bytes on the device.
+struct HostCopy {
+  Tensor device;
+  void* host;
+};
+
 class Ops {
  public:
   virtual ~Ops();  // out of line (ops.cpp), the key function of the class
@@ -71,6 +77,18 @@ class Ops {
   // operations.
   virtual void upload(Tensor x, const void* host) = 0;
   virtual void download(void* host, Tensor x) = 0;
+
+  // --- host memory that the device copies from and to while it works (pinned); GPUs only -----------------------------
+  // Zeroed. Throws Error with the size if there is not enough. free_host waits for the copies.
+  virtual void* allocate_host(size_t bytes);
+  virtual void free_host(void* memory);
+  // Copies run beside the operations, through slots on the device that take turns: slot 0 or 1 is the caller's from fetch,
+  // which waits for what was stored from it, to store. Operations see what was fetched before, and store sees what they
+  // did.
+  virtual void fetch(int slot, const HostCopy* copies, int64_t count);  // device = host
+  virtual void store(int slot, const HostCopy* copies, int64_t count);  // host = device
+  virtual void fetch_after_stores();  // what is fetched from here on waits for everything that was stored
+  virtual void finish_stores();       // the host waits
 
   // Names what happens until the matching end_range, for profilers. Class Range (below) pairs them.
   virtual void begin_range(const char* name);
