@@ -402,8 +402,10 @@ class Step:
         """The update of the first rank's part, piece by piece."""
         size = self.unit_sizes[unit] // parts
         bytes_each = 12 if self.has_master else 8  # m, v and master
-        for begin in range(0, size, self.offload_piece):
-            end = min(begin + self.offload_piece, size)
+        pieces = -(-size // self.offload_piece)
+        piece = min(self.offload_piece, 128 * math.ceil(size / pieces / 128))
+        for begin in range(0, size, piece):
+            end = min(begin + piece, size)
             self._slot = 1 - self._slot
             yield Fetch(self._slot, bytes_each * (end - begin))
             if any(first < end and begin < last for first, last in self.tensors[unit]):

@@ -27,10 +27,8 @@ def state_names(precision, master_weights=True):
 
 def everything(model, names):
     """Parameters and optimizer state, copied to the host."""
-    found = {name: tensor.cpu().clone() for name, tensor in model.parameters().items()}
-    for state in names:
-        found |= {f"{state} {name}": tensor.cpu().clone() for name, tensor in model.optimizer_state(state).items()}
-    return found
+    kinds = {"parameters": model.parameters(), **{state: model.optimizer_state(state) for state in names}}
+    return {kind: {name: tensor.cpu().clone() for name, tensor in found.items()} for kind, found in kinds.items()}
 
 
 def trained(cuda, steps=3, **options):
@@ -142,7 +140,7 @@ def test_every_stage_on_ranks():
                 2 * stage : 2 * stage + 2
             ]
             assert other_curve == curve
-            assert_same_bits(other_parameters, parameters)
+            assert_same_bits({"parameters": other_parameters}, {"parameters": parameters})
             for name, tensors in state.items():
                 assert all(torch.equal(a, b) for a, b in zip(tensors, other_state[name], strict=True)), (stage, name)
 
@@ -185,7 +183,7 @@ def test_what_moves():
     for kind in (Fetch, Store):
         moves = [event for event in events if isinstance(event, kind)]
         assert sum(move.bytes for move in moves) == 12 * 124475904
-        assert max(move.bytes for move in moves) == 12 * 2**22
+        assert 12 * 2**21 < max(move.bytes for move in moves) <= 12 * 2**22
         assert {(a.slot, b.slot) for a, b in itertools.pairwise(moves)} == {(0, 1), (1, 0)}
     adamw = [event.bytes for event in events if isinstance(event, Kernel) and event.what == "AdamW"]
     assert sum(adamw) == pytest.approx(28 * 124475904)

@@ -112,3 +112,14 @@ def test_a_model_larger_than_the_device():
     result = run("-x 1 -e custom:l=2,c=1024,h=8,t=32,v=65 -l 0.001", CUDASIM_MEMORY=str(64 * 2**20))
     assert result.returncode == 1
     assert re.match(r"llmc-train: error: the run needs \d+ MiB of memory, .* has \d+ MiB free: lower", result.stderr)
+
+
+def test_an_offloaded_optimizer_changes_nothing(directory):
+    """Nor on both sides of a checkpoint."""
+    flags = "--precision bf16 -n 3"
+    train(f"{flags} -x 6 -o whole")
+    output = train(f"{flags} -x 3 -o parts --offload-optimizer 1", CUDASIM_LAZY="1")
+    assert re.search(r"AdamW optimizer state m in host memory", output)
+    train(f"{flags} -x 6 -o parts -y 1 --offload-optimizer 1", CUDASIM_LAZY="1")
+    for name in ("model_00000006.bin", "state_00000006_00000.bin"):
+        assert (directory / "whole" / name).read_bytes() == (directory / "parts" / name).read_bytes()

@@ -126,8 +126,6 @@ void CudaOps::store(int slot, const HostCopy* copies, int64_t count) {
   host_copies_->store(slot, copies, count, stream_);
 }
 
-void CudaOps::fetch_after_stores() { host_copies_->fetch_after_stores(); }
-
 void CudaOps::finish_stores() { host_copies_->finish_stores(); }
 
 void CudaOps::begin_range(const char* name) { nvtxRangePushA(name); }

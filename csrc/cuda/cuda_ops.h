@@ -49,7 +49,6 @@ class CudaOps final : public Ops {
   void free_host(void* memory) override;
   void fetch(int slot, const HostCopy* copies, int64_t count) override;
   void store(int slot, const HostCopy* copies, int64_t count) override;
-  void fetch_after_stores() override;
   void finish_stores() override;
   void begin_range(const char* name) override;
   void end_range() override;

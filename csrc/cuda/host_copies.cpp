@@ -14,7 +14,6 @@ HostCopies::HostCopies() {
         LLMC_CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
       }
     }
-    LLMC_CUDA_CHECK(cudaEventCreateWithFlags(&stored_, cudaEventDisableTiming));
   } catch (...) {
     release();
     throw;
@@ -36,11 +35,10 @@ void HostCopies::release() {
       if (event) cudaEventDestroy(event);
     }
   }
-  if (stored_) cudaEventDestroy(stored_);
 }
 
 void HostCopies::fetch(int slot, const HostCopy* copies, int64_t count, cudaStream_t operations) {
-  LLMC_CUDA_CHECK(cudaStreamWaitEvent(in_, slots_[slot].free, 0));
+  LLMC_CUDA_CHECK(cudaStreamWaitEvent(in_, slots_[slot].free, 0));  // and so for all stores before that one
   for (int64_t i = 0; i < count; i++) {
     LLMC_CUDA_CHECK(cudaMemcpyAsync(copies[i].device.data, copies[i].host, size_t(copies[i].device.bytes()),
                                     cudaMemcpyHostToDevice, in_));
@@ -57,11 +55,6 @@ void HostCopies::store(int slot, const HostCopy* copies, int64_t count, cudaStre
                                     cudaMemcpyDeviceToHost, out_));
   }
   LLMC_CUDA_CHECK(cudaEventRecord(slots_[slot].free, out_));
-}
-
-void HostCopies::fetch_after_stores() {
-  LLMC_CUDA_CHECK(cudaEventRecord(stored_, out_));
-  LLMC_CUDA_CHECK(cudaStreamWaitEvent(in_, stored_, 0));
 }
 
 void HostCopies::finish_stores() { LLMC_CUDA_CHECK(cudaStreamSynchronize(out_)); }

@@ -20,7 +20,6 @@ class HostCopies {
 
   void fetch(int slot, const HostCopy* copies, int64_t count, cudaStream_t operations);
   void store(int slot, const HostCopy* copies, int64_t count, cudaStream_t operations);
-  void fetch_after_stores();
   void finish_stores();
 
  private:
@@ -33,7 +32,6 @@ class HostCopies {
 
   cudaStream_t in_ = nullptr, out_ = nullptr;
   std::array<Slot, 2> slots_;
-  cudaEvent_t stored_ = nullptr;
 };
 
 }  // namespace llmc::cuda

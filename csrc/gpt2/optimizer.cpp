@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "core/integers.h"
 #include "gpt2/model.h"
 
 namespace llmc {
@@ -49,10 +50,13 @@ void GPT2::on_state(size_t unit, const std::vector<std::string>& fetched, const 
     use(all, {own("m", unit), own("v", unit), options_.has_master() ? own("master", unit) : Tensor{}});
     return;
   }
-  const int64_t size = buffer("m_ring").shape[1];
-  for (int64_t begin = all.begin; begin < all.end; begin += size) {
+  const int64_t size = buffer("m_ring").shape[1], pieces = divide_up(all.end - all.begin, size);
+  // Alike, or the copies of one way would wait for those of the other. A pass over all units stores three pieces at least,
+  // so what the next one fetches first was not stored last.
+  const int64_t step = std::min(size, round_up(divide_up(all.end - all.begin, pieces), int64_t(128)));
+  for (int64_t begin = all.begin; begin < all.end; begin += step) {
     const int slot = offload_slot_ = 1 - offload_slot_;
-    const Shard part{begin, std::min(begin + size, all.end), all.offset + begin - all.begin};
+    const Shard part{begin, std::min(begin + step, all.end), all.offset + begin - all.begin};
     const int64_t n = part.end - part.begin;
     const auto there = [&](const std::string& name) {
       return slice_elements(buffer(name + "_ring"), slot * size, slot * size + n);

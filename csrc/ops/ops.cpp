@@ -14,7 +14,6 @@ void* Ops::allocate_host(size_t) { LLMC_CHECK(false, "%s has no memory apart fro
 void Ops::free_host(void*) {}
 void Ops::fetch(int, const HostCopy*, int64_t) {}
 void Ops::store(int, const HostCopy*, int64_t) {}
-void Ops::fetch_after_stores() {}
 void Ops::finish_stores() {}
 void Ops::begin_range(const char*) {}
 void Ops::end_range() {}

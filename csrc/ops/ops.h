@@ -83,12 +83,11 @@ class Ops {
   virtual void* allocate_host(size_t bytes);
   virtual void free_host(void* memory);
   // Copies run beside the operations, through slots on the device that take turns: slot 0 or 1 is the caller's from fetch,
-  // which waits for what was stored from it, to store. Operations see what was fetched before, and store sees what they
-  // did.
+  // which waits for the last store from that slot and all before it, to store. Operations see what was fetched before, and
+  // store sees what they did.
   virtual void fetch(int slot, const HostCopy* copies, int64_t count);  // device = host
   virtual void store(int slot, const HostCopy* copies, int64_t count);  // host = device
-  virtual void fetch_after_stores();  // what is fetched from here on waits for everything that was stored
-  virtual void finish_stores();       // the host waits
+  virtual void finish_stores();                                         // the host waits
 
   // Names what happens until the matching end_range, for profilers. Class Range (below) pairs them.
   virtual void begin_range(const char* name);
