@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Operation = Literal["all_reduce", "reduce_scatter", "all_gather"]
 CUBLAS, MEMSET = "cuBLASLt", "memset"  # what stands for the name of a kernel
 
+VOTES = 2  # of each rank, which travel with the loss: kNumVotes in csrc/gpt2/plan.h
 MAX_TENSORS = 64  # of a reduction's launch, kMaxTensors in csrc/cuda/reduce.cu
 MAX_SLICES = 448  # of AdamW's launch, kMaxSlices in csrc/cuda/adamw.cu
 MAX_LAYERNORM_THREADS = 1024  # a longer row takes two kernels backward, csrc/cuda/layernorm.cu
@@ -209,7 +210,7 @@ class Step:
         yield from self.reduce_gradients(0, last_micro_step)
         if last_micro_step:
             yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
-            yield from self.collective("all_reduce", "loss", 12)  # with the two votes
+            yield from self.collective("all_reduce", "loss", 4 * (1 + VOTES))
             for place in sorted(self._reduced):
                 yield from self.collect_gradients(place)
             yield Wait("loss")

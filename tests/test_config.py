@@ -335,6 +335,7 @@ BAD_INPUTS = [  # command line, what the message must contain
     ("-ge 3", "-ge/--gelu-fusion 3: it must be one of -1, 0, 1, 2"),
     ("-ge -2", "-ge/--gelu-fusion -2"),
     ("-ge x", "-ge/--gelu-fusion x"),
+    ("--offload-optimizer 2", "--offload-optimizer 2: it must be 0 or 1"),
     ("-z 4", "-z/--zero-stage 4: it must be one of 0, 1, 2, 3"),
     ("-z -1", "-z/--zero-stage -1"),
     ("-z one", "-z/--zero-stage one"),
