@@ -40,7 +40,13 @@ def main() -> None:
     (found := arguments.keep / "found").mkdir(parents=True, exist_ok=True)
     (corpus := arguments.keep / arguments.reader).mkdir(exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir=SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None))
-    atexit.register(leave, directory)
+    if child := os.fork():  # the fuzzer ends its process in ways of its own
+        try:
+            _, status = os.waitpid(child, 0)
+        finally:
+            shutil.rmtree(directory)
+        sys.exit(os.waitstatus_to_exitcode(status))
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # its alarm must not end Python before
     write_seeds({name: targets[name] for name in names}, directory / "seeds")
     words = write_words({word for name in names for word in targets[name].words}, directory / "words")
     reader = Reader([targets[name] for name in names], directory / "work")
@@ -52,11 +58,6 @@ def main() -> None:
     ]
     atheris.Setup([sys.argv[0], *options, str(corpus), str(directory / "seeds")], reader, custom_mutator=mutate)
     atheris.Fuzz()  # ends the process
-
-
-def leave(directory: Path) -> None:
-    signal.setitimer(signal.ITIMER_REAL, 0)  # the fuzzer's alarm, which would end Python while it ends itself
-    shutil.rmtree(directory)
 
 
 def parser() -> argparse.ArgumentParser:
