@@ -122,10 +122,12 @@ def test_a_full_disk(small_disk, after_step, capsys):
 def test_a_disk_that_becomes_read_only(small_disk, after_step, capsys):
     output = small_disk / "out"
 
-    def remount(mode):
-        subprocess.run(["mount", "-o", f"remount,{mode}", small_disk], check=True)
+    def cover():  # a mount of its own: the one below has a file open, which is locked
+        subprocess.run(["mount", "--bind", small_disk, small_disk], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", small_disk], check=True)
 
-    after_step[7], after_step[12] = lambda: remount("ro"), lambda: remount("rw")
+    after_step[7] = cover
+    after_step[12] = lambda: subprocess.run(["umount", small_disk], check=True)
     train("-x 15 -nk 1", output)
     reason = "Read-only file system"
     assert warnings(capsys) == [

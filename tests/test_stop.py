@@ -121,11 +121,11 @@ def test_a_checkpoint_that_fails_then(directory, after_step, capsys):
 # Ctrl-C
 
 
-def run_command(directory, arguments, busy=False):
+def run_command(directory, arguments, seconds=0.0):
+    """Each step takes so long, which no signal ends."""
     os.chdir(directory)
-    if busy:  # a step that no signal ends
-        update = llmc.train.update
-        llmc.train.update = lambda *values: (print("busy", flush=True), time.sleep(60), update(*values))[2]
+    update = llmc.train.update
+    llmc.train.update = lambda *values: (print("busy", flush=True), time.sleep(seconds), update(*values))[2]
     cli.run("llmc-train", command, arguments)
 
 
@@ -141,7 +141,7 @@ def test_the_second_ctrl_c_leaves_at_once(directory, ranks):
     """Whatever the main thread is doing; the first one waits for the end of the step."""
     several = f"-pm fs -pp {directory} -pn {ranks}" if ranks > 1 else ""
     flags = [*BASE.split(), *f"-x 9 -n 5 -o out {several}".split()]
-    arguments = [(str(directory), [*flags, *(["-pr", str(rank)] if ranks > 1 else [])], True) for rank in range(ranks)]
+    arguments = [(str(directory), [*flags, *(["-pr", str(rank)] if ranks > 1 else [])], 60.0) for rank in range(ranks)]
     started = Processes(directory, run_command, arguments, {})
     wait_for(started, "busy")
     victim = started.processes[-1]
@@ -189,12 +189,12 @@ def test_a_signal_to_one_rank_stops_all(directory, victim, stage):
     """After the same step; the next run ends with the bits of an unbroken one."""
     flags = f"{BASE} -z {stage} -x 300 -n 100 -y 1 -pm fs -pp {directory} -pn 3"
 
-    def start(output):
-        arguments = [(str(directory), [*flags.split(), "-pr", str(rank), "-o", output]) for rank in range(3)]
+    def start(output, seconds=0.0):
+        arguments = [(str(directory), [*flags.split(), "-pr", str(rank), "-o", output], seconds) for rank in range(3)]
         return Processes(directory, run_command, arguments, {})
 
     assert start("straight").wait() == ([0, 0, 0], "")
-    started = start("out")
+    started = start("out", 0.02)  # or it might be over before the signal
     wait_for(started, "step   20/300")
     os.kill(started.processes[victim].pid, signal.SIGTERM)
     assert started.wait() == ([75, 75, 75], "")
