@@ -101,6 +101,9 @@ class Processes:
     ) -> None:
         """function(*arguments[i]) is what process i does."""
         self.outputs = [folder / f"rank{i}" for i in range(len(arguments))]
+        for output in self.outputs:
+            for name in ("out", "err"):  # of earlier processes
+                Path(f"{output}.{name}").unlink(missing_ok=True)
         environ = {"OMP_NUM_THREADS": "1", "LLMC_START_TIMEOUT": "20", **environ}
         self.processes = [
             start(run_process, str(output), environ, function, args)
