@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from llmc.binfile import HEADER_BYTES, header_slot
 from llmc.errors import RunError
+from llmc.machine import cpu_count
 
 KIND_SLOT, VALUE_SLOT = 40, 41
 KIND = 20261129  # in KIND_SLOT: there is a checksum. A number of many bits, which no damaged bit makes of 0 or 0 of it
@@ -66,12 +67,8 @@ def checksum(descriptor: int) -> int:
         return struct.pack("<I", zlib.crc32(block))
 
     offsets = range(0, size, BLOCK)
-    threads = min(MAX_THREADS, len(offsets), usable_cores())
+    threads = min(MAX_THREADS, len(offsets), cpu_count())
     if threads < 2:
         return zlib.crc32(b"".join(map(of_block, offsets)))
     with ThreadPoolExecutor(threads) as pool:
         return zlib.crc32(b"".join(pool.map(of_block, offsets)))
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -54,7 +54,7 @@ def test_definition(tmp_path, size):
 def test_threads(tmp_path, monkeypatch, threads):
     """The same value in any number, of a file of several blocks."""
     monkeypatch.setattr(checksum, "BLOCK", 1000)
-    monkeypatch.setattr(checksum, "usable_cores", lambda: threads)
+    monkeypatch.setattr(checksum, "cpu_count", lambda: threads)
     contents = write(tmp_path / "a.bin", 123_456)
     raw = (tmp_path / "a.bin").read_bytes()
     zeroed = raw[:164] + bytes(4) + raw[168:]
@@ -67,7 +67,7 @@ def test_threads(tmp_path, monkeypatch, threads):
 def test_every_bit_counts(tmp_path, monkeypatch):
     """Of the header, the contents, and the checksum itself; also across blocks."""
     monkeypatch.setattr(checksum, "BLOCK", 1100)
-    monkeypatch.setattr(checksum, "usable_cores", lambda: 1)
+    monkeypatch.setattr(checksum, "cpu_count", lambda: 1)
     path = tmp_path / "a.bin"
     write(path, 1500)
     good = path.read_bytes()
