@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from ranks_testing import run_ranks
-from training_data import V, text, write_shard, write_tokenizer
+from training_data import write_data
 
 import llmc.train
 from llmc import snapshot
@@ -35,11 +35,7 @@ BASE = (
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "t_train_0.bin", text(0, 900))
-    write_shard(tmp_path / "data" / "t_val_0.bin", text(9, 300))
-    write_tokenizer(tmp_path / "data" / "tokenizer.bin", V)
-    return tmp_path
+    return write_data(tmp_path)
 
 
 @pytest.fixture

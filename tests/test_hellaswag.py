@@ -13,7 +13,7 @@ import pytest
 import torch
 from model_testing import build, reference_model
 from ranks_testing import run_ranks
-from training_data import V, expect_refusal, text, write_shard, write_tokenizer
+from training_data import V, expect_refusal, write_data
 
 import llmc.train
 from llmc import _C
@@ -83,12 +83,8 @@ def choices_of_pytorch(reference, model, examples):
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "t_train_0.bin", text(0, 2000))
-    write_shard(tmp_path / "data" / "t_val_0.bin", text(2, 1500))
-    write_tokenizer(tmp_path / "data" / "tokenizer.bin", V)
     write_eval("eval.bin", random_examples(23))
-    return tmp_path
+    return write_data(tmp_path, train=(2000,), val=1500)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from ranks_testing import Processes, run_ranks
-from training_data import V, expect_refusal, text, write_shard, write_tokenizer
+from training_data import expect_refusal, write_data
 
 from llmc import cli
 from llmc.cli.train import _main as command
@@ -28,11 +28,7 @@ BASE = "-e custom:l=1,c=32,h=2,t=16 -i data/t_train_*.bin -j data/t_val_*.bin -b
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "t_train_0.bin", text(0, 900))
-    write_shard(tmp_path / "data" / "t_val_0.bin", text(9, 300))
-    write_tokenizer(tmp_path / "data" / "tokenizer.bin", V)
-    return tmp_path
+    return write_data(tmp_path)
 
 
 def run_command(directory, arguments):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks_testing import Processes, run_ranks
-from training_data import V, expect_refusal, text, write_shard, write_tokenizer
+from training_data import expect_refusal, write_data
 
 import llmc.train
 from llmc import _C, cli, wall_time
@@ -32,11 +32,7 @@ BASE = (
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "t_train_0.bin", text(0, 900))
-    write_shard(tmp_path / "data" / "t_val_0.bin", text(9, 300))
-    write_tokenizer(tmp_path / "data" / "tokenizer.bin", V)
-    return tmp_path
+    return write_data(tmp_path)
 
 
 def train(flags, status=0):

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
-from training_data import V, expect_refusal, text, write_shard, write_tokenizer
+from training_data import expect_refusal, write_data
 
 from llmc import cli, trackers
 from llmc.checkpoint import Checkpoint
@@ -29,11 +29,7 @@ KEYS = ["step", "tokens", "loss", "norm", "lr", "ms", "tokens_per_s", "mfu"]
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "t_train_0.bin", text(0, 700))
-    write_shard(tmp_path / "data" / "t_val_0.bin", text(2, 300))
-    write_tokenizer(tmp_path / "data" / "tokenizer.bin", V)
-    return tmp_path
+    return write_data(tmp_path, train=(700,))
 
 
 def train(flags):

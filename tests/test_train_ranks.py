@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks_testing import Processes, run_ranks
-from training_data import V, text, write_shard, write_tokenizer
+from training_data import write_data
 
 from llmc import cli
 from llmc.cli.train import _main as command
@@ -33,12 +33,7 @@ BASE = (
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    for i, tokens in enumerate((3000, 1700, 900)):
-        write_shard(tmp_path / "data" / f"t_train_{i}.bin", text(i, tokens))
-    write_shard(tmp_path / "data" / "t_val_0.bin", text(9, 2000))
-    write_tokenizer(tmp_path / "data" / "tokenizer.bin", V)
-    return tmp_path
+    return write_data(tmp_path, train=(3000, 1700, 900), val=2000)
 
 
 def train_rank(ranks, directory, runs):

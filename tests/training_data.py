@@ -33,6 +33,16 @@ def text(seed: int, n: int) -> list[int]:
     return [int(token) for token in np.cumsum(steps) % V]
 
 
+def write_data(directory: Path, train: tuple[int, ...] = (900,), val: int = 300) -> Path:
+    """A data set in `directory`/data: training shards of so many tokens, a validation shard, and the tokenizer."""
+    (directory / "data").mkdir()
+    for i, tokens in enumerate(train):
+        write_shard(directory / "data" / f"t_train_{i}.bin", text(i, tokens))
+    write_shard(directory / "data" / "t_val_0.bin", text(9, val))
+    write_tokenizer(directory / "data" / "tokenizer.bin", V)
+    return directory
+
+
 def expect_refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str) -> None:
     """llmc-train ends with this status, one line that holds `message`, and nothing else printed."""
     with pytest.raises(SystemExit) as caught:
