@@ -1,9 +1,8 @@
-"""OpenBLAS, loaded before the core that is linked with it; on some CPUs with other kernels than its own choice.
+"""Which of its kernels OpenBLAS uses: on some CPUs others than its own choice.
 
-It chooses its kernels once, when it is loaded, and looks at OPENBLAS_CORETYPE then.
+It chooses once, when it is loaded, and looks at OPENBLAS_CORETYPE then.
 """
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -12,18 +11,11 @@ from llmc.machine import read_lines
 CORETYPE = "OPENBLAS_CORETYPE"
 
 
-def load() -> None:
-    """Load the library. OPENBLAS_CORETYPE, where the user has set it, is the user's choice of kernels."""
-    kernels = None if CORETYPE in os.environ else better_kernels(read_lines(Path("/proc/cpuinfo")))
+def choose_kernels() -> None:
+    """For libraries loaded from now on, by this process and its children. What the user has set counts."""
+    kernels = better_kernels(read_lines(Path("/proc/cpuinfo")))
     if kernels is not None:
-        os.environ[CORETYPE] = kernels
-    try:
-        import scipy_openblas32  # some versions load the library themselves
-
-        ctypes.CDLL(f"{scipy_openblas32.get_lib_dir()}/lib{scipy_openblas32.get_library()}.so")
-    finally:
-        if kernels is not None:
-            del os.environ[CORETYPE]  # other copies of OpenBLAS, such as numpy's, keep their own choice
+        os.environ.setdefault(CORETYPE, kernels)
 
 
 def better_kernels(cpuinfo: list[str]) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from model_testing import build, reference_model
 from ranks_testing import run_ranks
 from test_hellaswag import random_examples, write_eval
-from training_data import V, text, write_shard, write_tokenizer
+from training_data import V, rewrite, text, write_shard, write_tokenizer
 
 from llmc import cli
 from llmc.cli.eval import _main as command
@@ -260,7 +260,7 @@ def test_refused(directory, capsys, flags, status, message):
     write_shard(directory / "one.bin", [1])
     content = bytearray(Path("model.bin").read_bytes())
     content[-4:] = np.float32(math.nan).tobytes()
-    Path("nan.bin").write_bytes(content)
+    rewrite("nan.bin", content)
     before = sorted(directory.rglob("*"))
     with pytest.raises(SystemExit) as caught:
         cli.run("llmc-eval", command, ["-e", "model.bin", *flags.split()])

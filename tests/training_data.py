@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llmc import cli
+from llmc.checksum import seal, verify
 from llmc.cli.train import _main as command
 
 V = 65  # vocabulary
@@ -18,6 +19,20 @@ def header(*slots: int) -> bytes:
 
 def write_shard(path: Path, tokens: list[int]) -> None:
     path.write_bytes(header(20240520, 1, len(tokens)) + struct.pack(f"<{len(tokens)}H", *tokens))
+
+
+def without_checksum(path: str | Path) -> bytes:
+    """The bytes of a file of ours, the slots of its checksum 0; tests/test_checksum.py is about these."""
+    assert verify(path)
+    raw = Path(path).read_bytes()
+    return raw[:160] + bytes(8) + raw[168:]
+
+
+def rewrite(path: str | Path, raw: bytes) -> None:
+    """Other bytes in the place of a file of ours, with a checksum of their own."""
+    with open(path, "w+b") as file:
+        file.write(raw)
+        seal(file)
 
 
 def write_tokenizer(path: Path, vocab_size: int, end_of_text: int = 0) -> None:
