@@ -3,14 +3,28 @@
 import os
 import platform
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
+
+
+def processor(cpuinfo: Iterable[str]) -> dict[str, str]:
+    """The fields of the first processor of /proc/cpuinfo."""
+    fields = (line.partition(":") for line in takewhile(str.strip, cpuinfo))
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def this_processor() -> dict[str, str]:
+    """Empty where there is no /proc/cpuinfo."""
+    try:
+        with open("/proc/cpuinfo", errors="replace") as file:
+            return processor(file)  # not read further: with hundreds of processors that takes a while
+    except OSError:
+        return {}
 
 
 def cpu_name() -> str:
     """The processor's model name, or at least its architecture."""
-    lines = read_lines(Path("/proc/cpuinfo"))
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return this_processor().get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_count() -> int:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from llmc.machine import processor, this_processor
 from llmc.openblas import CORETYPE, better_kernels
 
 
@@ -26,11 +27,11 @@ def cpuinfo(vendor: str, family: int, flags: str) -> list[str]:
     ],
 )
 def test_rule(vendor: str, family: int, flags: str, expected: str | None) -> None:
-    assert better_kernels(cpuinfo(vendor, family, flags)) == expected
+    assert better_kernels(processor(cpuinfo(vendor, family, flags))) == expected
 
 
 def test_no_rule_for_a_machine_that_says_nothing() -> None:
-    assert better_kernels([]) is None
+    assert better_kernels(processor([])) is None
 
 
 def blas_of_a_new_process(statement: str = "from llmc import _C", **environment: str) -> str:
@@ -46,9 +47,7 @@ def blas_of_a_new_process(statement: str = "from llmc import _C", **environment:
 def test_the_library_has_the_kernels_of_the_rule(statement: str) -> None:
     """However the core is imported: processes that compute together must agree to the bit."""
     blas = blas_of_a_new_process(statement)
-    with open("/proc/cpuinfo") as file:
-        kernels = better_kernels(file.read().splitlines())
-    if kernels is None:
+    if better_kernels(this_processor()) is None:
         pytest.skip("this CPU has the kernels that OpenBLAS chooses")
     # "Zen" is OpenBLAS's name for its Haswell kernels with other blocks.
     assert blas.endswith(("Haswell", "Zen"))
