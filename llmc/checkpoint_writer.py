@@ -21,8 +21,7 @@ class CheckpointWriter:
     def __init__(self, run: "Run", directory: Path) -> None:
         self.run, self.directory = run, directory
         self.problem = ""  # why the newest one was not written
-        self.seconds = expected_seconds(run)  # that the slowest one took, once there is one
-        self._tries = 0
+        self._slowest = 0.0  # seconds
         self.came_from = run.resumed.step if run.resumed else None
         self.damaged = {passed.checkpoint.step for passed in run.passed_over}  # by what was found at the start
 
@@ -35,9 +34,12 @@ class CheckpointWriter:
             return
         started = time.perf_counter()
         self._write(step)
-        seconds = time.perf_counter() - started
-        self.seconds = max(seconds, self.seconds) if self._tries > 0 else seconds
-        self._tries += 1
+        self._slowest = max(self._slowest, time.perf_counter() - started)
+
+    @property
+    def seconds(self) -> float:
+        """That the slowest one took; before there is one, what it may take."""
+        return self._slowest or expected_seconds(self.run)
 
     def _write(self, step: int) -> None:
         config, run = self.run.config, self.run

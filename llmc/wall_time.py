@@ -29,9 +29,8 @@ class WallTime:
     def __init__(self, limit: float | None, now: Callable[[], float] = time.monotonic) -> None:
         self._end = None if limit is None else STARTED + limit
         self._now = now
-        self._longest = (
-            0.0  # seconds from the end of one step to that of the next, with evaluations, without checkpoints
-        )
+        # Seconds from the end of one step to that of the next, with evaluations, without checkpoints.
+        self._longest = 0.0
         self._last = now()
 
     def after_step(self) -> None:

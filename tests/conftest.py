@@ -2,12 +2,14 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import devices
 import pytest
+
+from llmc.logger import Logger, StepReport
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,3 +50,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def cuda(request: pytest.FixtureRequest) -> devices.Simulator | devices.RealGPU:
     """A CUDA device: simulated, or real where there is one."""
     return DEVICES[request.param]()
+
+
+@pytest.fixture
+def after_step(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[[], object]]:
+    """What happens when a step of llmc-train, counted from 1, has been reported."""
+    events: dict[int, Callable[[], object]] = {}
+    training = Logger.training
+
+    def report(self: Logger, values: StepReport) -> None:
+        training(self, values)
+        events.pop(values.step + 1, lambda: None)()
+
+    monkeypatch.setattr(Logger, "training", report)
+    return events

@@ -22,7 +22,6 @@ from llmc.checksum import verify
 from llmc.cli.train import _main as command
 from llmc.command_line import parse_args
 from llmc.errors import RunError
-from llmc.logger import Logger
 from llmc.ranks import Ranks
 
 # A checkpoint takes 30592 * 16 bytes of fp32 and two headers: half a MiB.
@@ -48,20 +47,6 @@ def small_disk(directory):
         pytest.skip("only root can mount a small disk")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
-
-
-@pytest.fixture
-def after_step(monkeypatch):
-    """What happens to the disk when a step, counted from 1, has been reported."""
-    events = {}
-    training = Logger.training
-
-    def report(self, values):
-        training(self, values)
-        events.pop(values.step + 1, lambda: None)()
-
-    monkeypatch.setattr(Logger, "training", report)
-    return events
 
 
 def train(flags, output):

@@ -19,7 +19,6 @@ import llmc.train
 from llmc import _C, cli, wall_time
 from llmc.cli.train import _main as command
 from llmc.command_line import parse_args
-from llmc.logger import Logger
 from llmc.ranks import Ranks
 from llmc.wall_time import WallTime, read_wall_time
 
@@ -43,20 +42,6 @@ def train(flags, status=0):
         assert end.code == status
     else:
         assert status == 0
-
-
-@pytest.fixture
-def after_step(monkeypatch):
-    """What happens when a step, counted from 1, has been reported."""
-    events = {}
-    training = Logger.training
-
-    def report(self, values):
-        training(self, values)
-        events.pop(values.step + 1, lambda: None)()
-
-    monkeypatch.setattr(Logger, "training", report)
-    return events
 
 
 def kill_me(number):
