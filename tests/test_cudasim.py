@@ -510,14 +510,15 @@ def test_queries_do_not_wait_but_get_there(lazy: Simulator) -> None:
     lazy.free(x)
 
 
-def test_events_measure_time(sim: Simulator) -> None:
-    start, end, milliseconds = sim.event(), sim.event(), ctypes.c_float()
+def test_events_measure_simulated_time(sim: Simulator) -> None:
+    """Nothing but products of cuBLASLt takes any: what a program chooses by time is always the same."""
+    start, end, milliseconds = sim.event(), sim.event(), ctypes.c_float(-1)
     assert sim.cudaEventElapsedTime(ctypes.byref(milliseconds), start, end) == INVALID_HANDLE  # not recorded
     assert sim.cudaEventRecord(start, None) == SUCCESS
-    time.sleep(0.02)
+    time.sleep(0.001)
     assert sim.cudaEventRecord(end, None) == SUCCESS
     assert sim.cudaEventElapsedTime(ctypes.byref(milliseconds), start, end) == SUCCESS
-    assert 20 <= milliseconds.value < 2000  # the upper bound only excludes another unit
+    assert milliseconds.value == 0
 
 
 def test_destroyed_handles_are_reported(sim: Simulator) -> None:

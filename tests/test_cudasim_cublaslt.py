@@ -39,7 +39,7 @@ LAYOUT = {
     "BATCH_STRIDE": (6, i64), "PLANE_OFFSET": (7, i64), "BATCH_MODE": (8, u32),
 }  # fmt: skip
 PREFERENCE = {
-    "SEARCH_MODE": (0, u32), "MAX_WORKSPACE_BYTES": (1, u64), "ALIGNMENT_A": (5, u32), "ALIGNMENT_B": (6, u32),
+    "SEARCH_MODE": (0, u32), "MAX_WORKSPACE_BYTES": (1, u64), "REDUCTION_SCHEME_MASK": (3, u32), "ALIGNMENT_A": (5, u32), "ALIGNMENT_B": (6, u32),
     "ALIGNMENT_C": (7, u32), "ALIGNMENT_D": (8, u32),
 }  # fmt: skip
 
@@ -119,6 +119,7 @@ class Product:
     algo: str = "queried"  # or "none", "zero"
     handle: str = "live"  # or "null", "destroyed"
     requested: int = 1
+    chosen: int = 0  # of the results of the query
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -194,18 +195,24 @@ class Product:
             return "query", status, lt.cudasim_cublaslt_reason().decode()
         assert 1 <= returned.value <= self.requested
         self.results = results[: returned.value]
-        assert all(result.state == SUCCESS for result in self.results)
-        algo = {"queried": results[0].algo, "zero": (u64 * 8)(), "none": None}[self.algo]
+        algo = {"queried": results[self.chosen].algo, "zero": (u64 * 8)(), "none": None}[self.algo]
         alpha, beta = f32(self.alpha), f32(self.beta)
         a, b, c, d, workspace = (pointer(self.pointer(name)) for name in (*"ABCD", "workspace"))
         workspace_size = self.workspace if self.workspace_given is None else self.workspace_given
+        start, end, milliseconds = pointer(), pointer(), f32()
+        for event in (start, end):
+            assert lt.cudaEventCreate(ctypes.byref(event)) == SUCCESS
+        assert lt.cudaEventRecord(start, None) == SUCCESS
         status = lt.cublasLtMatmul(
             handle, operation, ctypes.byref(alpha), a, layouts[0], b, layouts[1], ctypes.byref(beta), c, layouts[2],
             d, layouts[3], algo, workspace, ctypes.c_size_t(workspace_size), None,
         )  # fmt: skip
         if status:
             return "matmul", status, lt.cudasim_cublaslt_reason().decode()
+        assert lt.cudaEventRecord(end, None) == SUCCESS
         assert lt.cudaDeviceSynchronize() == SUCCESS
+        assert lt.cudaEventElapsedTime(ctypes.byref(milliseconds), start, end) == SUCCESS
+        self.milliseconds = milliseconds.value
         return "done", SUCCESS, ""
 
 
@@ -339,10 +346,68 @@ def test_workspace_is_trashed() -> None:
     assert (p.device["workspace"].download() == 0xFF).all()
 
 
-def test_an_algorithm_without_workspace_is_offered_too() -> None:
+def test_several_algorithms_are_offered() -> None:
     p = Product(requested=8)
     assert p.run() == DONE
-    assert [result.workspace_size for result in p.results] == [1 << 16, 0]
+    sums = 24 * 10 * 4  # bytes of a result in fp32
+    assert [result.workspace_size for result in p.results[:5]] == [1 << 16, 0, 2 * sums, 3 * sums, 2 * sums]
+    assert [result.state for result in p.results] == [SUCCESS] * 6 + [NOT_SUPPORTED]
+
+
+@pytest.mark.parametrize(
+    "allowed, offered",
+    [
+        ({"REDUCTION_SCHEME_MASK": 2}, [0, 1, 2, 3, 5, 6]),  # COMPUTE_TYPE
+        ({"REDUCTION_SCHEME_MASK": 0}, [0, 1, 5, 6]),
+        ({"MAX_WORKSPACE_BYTES": 2 * 24 * 10 * 4}, [0, 1, 2, 4, 5, 6]),
+    ],
+)
+def test_algorithms_that_the_preference_allows(allowed: dict[str, int], offered: list[int]) -> None:
+    p = Product(requested=8, preference=allowed)
+    assert p.run() == DONE
+    assert [result.algo[0] for result in p.results] == offered
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_every_algorithm_computes_the_product(number: int, epilogue: str) -> None:
+    check(Product(requested=8, chosen=number, epilogue=epilogue, k=100, beta=0.5, out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "values, out_dtype, sums",
+    [
+        # After 2^24 a single 1 is lost, as fp32 has 24 bits; two of them added up before are not.
+        ([2.0**24, 1, 1, 1], torch.float32, [2**24, 2**24, 2**24 + 2, 2**24 + 2, 2**24 + 2]),
+        # The last one rounds 1 + 2^-8, halfway between two bf16 numbers, to 1.
+        ([1, 2.0**-8, 2.0**-8, 2.0**-8], torch.bfloat16, [1 + 2.0**-6] * 4 + [1 + 2.0**-7]),
+    ],
+)
+def test_algorithms_round_differently(values: list[float], out_dtype: torch.dtype, sums: list[float]) -> None:
+    for number, expected_sum in enumerate(sums):
+        p = Product(m=1, n=1, k=4, out_dtype=out_dtype, requested=8, chosen=number)
+        p.device["A"] = DeviceTensor(torch.tensor(values, dtype=torch.bfloat16))
+        p.device["B"] = DeviceTensor(torch.ones(4, dtype=torch.bfloat16))
+        assert p.run() == DONE
+        assert p.device["D"].download().item() == expected_sum
+
+
+def test_an_algorithm_that_does_not_run() -> None:
+    """Its refusal is the caller's to handle, and no bug."""
+    stage, status, reason = Product(requested=8, chosen=5).run()
+    assert (stage, status) == ("matmul", NOT_SUPPORTED) and "does not run" in reason
+
+
+def test_time_of_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDASIM_CUBLASLT_FASTEST", "2")
+    monkeypatch.setenv("CUDASIM_CUBLASLT_SLOW", "BGRADB,BIAS")
+    times = []
+    for epilogue in ("DEFAULT", "BIAS"):
+        for number in (0, 2):
+            p = Product(requested=8, chosen=number, epilogue=epilogue)
+            assert p.run() == DONE
+            times.append(p.milliseconds)
+    assert times == [1, 0.5, 4, 2]
 
 
 # --- rules ---------------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ inline const Preference& contents(cublasLtMatmulPreference_t x) { return *reinte
 
 // What cublasLtMatmulAlgo_t holds. Plain numbers: it may be saved and restored.
 struct Algorithm {
+  uint64_t number;         // which one
   uint64_t configuration;  // Configuration::hash() of the query that returned it
   uint64_t workspace;      // bytes
   uint32_t alignment_a, alignment_b, alignment_c, alignment_d;
@@ -127,6 +128,8 @@ Configuration check_configuration(cublasLtMatmulDesc_t descriptor, cublasLtMatri
 // Refuses epilogues that the environment variable CUDASIM_CUBLASLT_WITHOUT names ("DGELU,GELU_AUX_BIAS"), so that a
 // caller's fallback can be tested.
 void check_available(const Configuration& configuration);
+// Whether a list of epilogues ("DGELU,GELU_AUX_BIAS", or null) in an environment variable has this one. Refuses other names.
+bool names_epilogue(const char* variable, const Epilogue& epilogue);
 
 struct Call {
   Configuration configuration;
@@ -135,6 +138,8 @@ struct Call {
   void* d;
   void* workspace;
   size_t workspace_bytes;  // that the algorithm uses
+  uint64_t algorithm;      // its number
+  double milliseconds;     // that it takes on the simulated clock
 };
 // Refuses wrong addresses. algorithm may be null.
 void check_call(const Call& call, const Algorithm* algorithm, size_t workspace_given);
@@ -169,8 +174,9 @@ std::vector<float> pack(const View& x, int64_t rows, int64_t k, int64_t height, 
 
 // sum (m,n) = a·b, column-major; a (m,k) is packed with kPanelA, bᵀ (n,k) with kPanelB.
 // The leading dimension of sum is m rounded up to kPanelA, it has n rounded up to kPanelB columns.
-// The order of the additions depends on the shape alone.
-std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k);
+// The order of the additions depends on the shape alone. Only the part [begin, end) of k is added.
+std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k,
+                            int64_t begin, int64_t end);
 
 }  // namespace cudasim::cublaslt
 

@@ -1,7 +1,10 @@
 // Heuristics, cublasLtMatmul and its epilogues.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <utility>
 
 #include "bf16.h"
 #include "cublaslt.h"
@@ -10,14 +13,46 @@
 namespace cudasim::cublaslt {
 namespace {
 
-// Algorithms use no more workspace than this, however much the preference allows.
+// --- algorithms ------------------------------------------------------------------------------------------------------
+
+// The first takes so much workspace where it may have it, however much more the preference allows.
 constexpr uint64_t kLargestWorkspace = 64 << 10;
 
-// --- algorithms ------------------------------------------------------------------------------------------------------
+// How an algorithm adds up. Those with several parts of k add their sums afterwards, so that they round differently.
+struct Method {
+  int64_t parts;
+  uint32_t reduction;  // cublasLtReductionScheme_t
+  enum { Good, Fails, NotForThis } kind = Good;
+};
+const Method methods[] = {
+    {1, CUBLASLT_REDUCTION_SCHEME_NONE},
+    {1, CUBLASLT_REDUCTION_SCHEME_NONE},  // without workspace
+    {2, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
+    {3, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
+    {2, CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE},
+    {1, CUBLASLT_REDUCTION_SCHEME_NONE, Method::Fails},       // refuses to run
+    {1, CUBLASLT_REDUCTION_SCHEME_NONE, Method::NotForThis},  // the query's result says so
+};
+constexpr uint64_t kWithoutWorkspace = 1;
+
+uint64_t workspace_of(uint64_t number, const Configuration& x, uint64_t allowed) {
+  const Method& method = methods[number];
+  if (method.parts > 1) return method.parts * x.m * x.n * sizeof(float) * x.d.batch_count;
+  return number == kWithoutWorkspace ? 0 : std::min(allowed, kLargestWorkspace);
+}
+
+// On the simulated clock: the environment variables make some faster or slower than the others.
+double milliseconds_of(const Call& call) {
+  const char* fastest = std::getenv("CUDASIM_CUBLASLT_FASTEST");
+  double milliseconds = 1;
+  if (fastest && std::strtoull(fastest, nullptr, 10) == call.algorithm) milliseconds /= 2;
+  if (names_epilogue("CUDASIM_CUBLASLT_SLOW", *call.configuration.epilogue)) milliseconds *= 4;
+  return milliseconds;
+}
 
 uint64_t checksum(const Algorithm& x) {
   uint64_t sum = 0x9e3779b97f4a7c15u;
-  for (uint64_t part : {x.configuration, x.workspace, uint64_t{x.alignment_a}, uint64_t{x.alignment_b},
+  for (uint64_t part : {x.number, x.configuration, x.workspace, uint64_t{x.alignment_a}, uint64_t{x.alignment_b},
                         uint64_t{x.alignment_c}, uint64_t{x.alignment_d}})
     sum = (sum ^ part) * 0x100000001b3u;
   return sum;
@@ -26,7 +61,8 @@ uint64_t checksum(const Algorithm& x) {
 Algorithm read_algorithm(const cublasLtMatmulAlgo_t& opaque) {
   Algorithm x;
   std::memcpy(&x, &opaque, sizeof x);
-  if (x.checksum != checksum(x)) refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm was not returned by a query");
+  if (x.checksum != checksum(x) || x.number >= std::size(methods))
+    refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm was not returned by a query");
   return x;
 }
 
@@ -38,12 +74,15 @@ void check_preference(const Preference& x) {
     refuse(CUBLAS_STATUS_NOT_SUPPORTED, "search mode %u: only BEST_FIT is simulated", x.search_mode);
 }
 
-// Two algorithms: the first takes the workspace that it may have, the second none. They compute the same.
+// Those whose workspace and reduction the preference allows.
 std::vector<Algorithm> find_algorithms(const Configuration& configuration, const Preference& preference) {
   std::vector<Algorithm> found;
-  for (uint64_t workspace : {std::min(preference.max_workspace, kLargestWorkspace), uint64_t{0}}) {
-    if (!found.empty() && found[0].workspace == workspace) continue;
+  for (uint64_t number = 0; number < std::size(methods); number++) {
+    const uint32_t reduction = methods[number].reduction;
+    const uint64_t workspace = workspace_of(number, configuration, preference.max_workspace);
+    if (workspace > preference.max_workspace || (reduction & preference.reduction_scheme_mask) != reduction) continue;
     Algorithm x = {};
+    x.number = number;
     x.configuration = configuration.hash();
     x.workspace = workspace;
     x.alignment_a = preference.alignment_a;
@@ -59,8 +98,9 @@ std::vector<Algorithm> find_algorithms(const Configuration& configuration, const
 cublasLtMatmulHeuristicResult_t result_of(const Algorithm& algorithm) {
   cublasLtMatmulHeuristicResult_t result = {};
   std::memcpy(&result.algo, &algorithm, sizeof algorithm);
+  const bool usable = methods[algorithm.number].kind != Method::NotForThis;
   result.workspaceSize = algorithm.workspace;
-  result.state = CUBLAS_STATUS_SUCCESS;
+  result.state = usable ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
   result.wavesCount = 1;
   return result;
 }
@@ -148,6 +188,23 @@ std::vector<float> row_sums(const std::vector<float>& packed, int64_t rows, int6
   return sums;
 }
 
+// The sums of all parts of k, each rounded to the output's type where the reduction says so.
+std::vector<float> multiply_parts(const Method& method, uint32_t output, const std::vector<float>& a,
+                                  const std::vector<float>& b, int64_t m, int64_t n, int64_t k) {
+  std::vector<float> sums;
+  for (int64_t part = 0; part < method.parts; part++) {
+    std::vector<float> own = multiply(a, b, m, n, k, part * k / method.parts, (part + 1) * k / method.parts);
+    if (method.reduction == CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE && output == CUDA_R_16BF)
+      for (float& sum : own) sum = float_from_bf16(bf16_from_float(sum));
+    if (part == 0) {
+      sums = std::move(own);
+    } else {
+      for (size_t i = 0; i < sums.size(); i++) sums[i] += own[i];
+    }
+  }
+  return sums;
+}
+
 void run_batch(const Call& call, int batch) {
   const Configuration& x = call.configuration;
   const uint32_t epilogue = x.epilogue->value;
@@ -163,7 +220,7 @@ void run_batch(const Call& call, int batch) {
 
   const auto a = pack(view(batch_of(call.a, x.a, batch), x.a, trans_a), m, k, kPanelA, tf32);
   const auto b = pack(view(batch_of(call.b, x.b, batch), x.b, !trans_b), n, k, kPanelB, tf32);
-  const auto sums = multiply(a, b, m, n, k);
+  const auto sums = multiply_parts(methods[call.algorithm], x.d.type, a, b, m, n, k);
   const int64_t sums_ld = (m + kPanelA - 1) / kPanelA * kPanelA;
   if (epilogue == CUBLASLT_EPILOGUE_BGRADA) store_column(bias_view, 0, row_sums(a, m, k, kPanelA));
   if (epilogue == CUBLASLT_EPILOGUE_BGRADB) store_column(bias_view, 0, row_sums(b, n, k, kPanelB));
@@ -206,6 +263,7 @@ void run_batch(const Call& call, int batch) {
 
 // What the stream runs.
 void run(const Call& call) {
+  pass_time(call.milliseconds);
   if (call.workspace_bytes) {
     if (!check_write(call.workspace, call.workspace_bytes, "cublasLtMatmul writes its workspace")) return;
     std::memset(call.workspace, 0xff, call.workspace_bytes);  // NaN for whoever kept something there
@@ -251,6 +309,8 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
     const Algorithm algorithm = read_algorithm(*algo);
     if (algorithm.configuration != configuration.hash())
       refuse(CUBLAS_STATUS_NOT_SUPPORTED, "the algorithm was returned for another configuration");
+    if (methods[algorithm.number].kind == Method::NotForThis)
+      refuse(CUBLAS_STATUS_NOT_SUPPORTED, "algorithm %zu does not do this", size_t{algorithm.number});
     *result = result_of(algorithm);
   });
 }
@@ -261,6 +321,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               cublasLtMatrixLayout_t c_layout, void* d, cublasLtMatrixLayout_t d_layout,
                               const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
                               cudaStream_t stream) {
+  bool fails_as_it_should = false;
   const cublasStatus_t status = answer([&] {
     check_handle(handle);
     if (!alpha || !beta) refuse(CUBLAS_STATUS_INVALID_VALUE, "alpha or beta is null");
@@ -276,15 +337,19 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     if (algo) {
       const Algorithm algorithm = read_algorithm(*algo);
       call.workspace_bytes = algorithm.workspace;
+      call.algorithm = algorithm.number;
       check_call(call, &algorithm, workspace_bytes);
+      fails_as_it_should = methods[algorithm.number].kind != Method::Good;
+      if (fails_as_it_should) refuse(CUBLAS_STATUS_NOT_SUPPORTED, "algorithm %zu does not run", size_t{algorithm.number});
     } else {
       check_available(call.configuration);
       call.workspace_bytes = std::min<uint64_t>(workspace_bytes, kLargestWorkspace);
       check_call(call, nullptr, workspace_bytes);
     }
+    call.milliseconds = milliseconds_of(call);
     cudasim::enqueue(stream, [call] { run(call); });
   });
-  if (status != CUBLAS_STATUS_SUCCESS)
+  if (status != CUBLAS_STATUS_SUCCESS && !fails_as_it_should)
     cudasim::report("cublaslt", "cublasLtMatmul refused (%s): %s", cublasLtGetStatusName(status),
                     cudasim_cublaslt_reason());
   return status;

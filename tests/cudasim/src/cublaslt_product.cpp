@@ -74,14 +74,15 @@ std::vector<float> pack(const View& x, int64_t rows, int64_t k, int64_t height, 
                               : pack_elements<uint16_t>(x, rows, k, height, tf32);
 }
 
-std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k) {
+std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k,
+                            int64_t begin, int64_t end) {
   const int64_t a_panels = (m + kPanelA - 1) / kPanelA, b_panels = (n + kPanelB - 1) / kPanelB;
   const int64_t ld = a_panels * kPanelA;
   std::vector<float> sum(ld * b_panels * kPanelB);
-  for (int64_t first = 0; first < k; first += kBlock)
+  for (int64_t first = begin; first < end; first += kBlock)
     for (int64_t j = 0; j < b_panels; j++)
       for (int64_t i = 0; i < a_panels; i++)
-        add_product_of_panels(&a[(i * k + first) * kPanelA], &b[(j * k + first) * kPanelB], std::min(kBlock, k - first),
+        add_product_of_panels(&a[(i * k + first) * kPanelA], &b[(j * k + first) * kPanelB], std::min(kBlock, end - first),
                               &sum[j * kPanelB * ld + i * kPanelA], ld);
   return sum;
 }

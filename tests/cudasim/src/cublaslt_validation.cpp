@@ -237,15 +237,22 @@ Configuration check_configuration(cublasLtMatmulDesc_t descriptor, cublasLtMatri
   return x;
 }
 
-void check_available(const Configuration& configuration) {
-  const char* without = std::getenv("CUDASIM_CUBLASLT_WITHOUT");
-  std::stringstream names(without ? without : "");
+bool names_epilogue(const char* variable, const Epilogue& epilogue) {
+  const char* list = std::getenv(variable);
+  std::stringstream names(list ? list : "");
+  bool found = false;
   for (std::string name; std::getline(names, name, ',');) {
     const bool known = std::any_of(std::begin(epilogues), std::end(epilogues), [&](auto& x) { return x.name == name; });
-    if (!known) refuse(kInvalid, "CUDASIM_CUBLASLT_WITHOUT names %s, which is not an epilogue", name.c_str());
-    if (configuration.epilogue->name == name)
-      refuse(kUnsupported, "CUDASIM_CUBLASLT_WITHOUT names the epilogue %s", name.c_str());
+    if (!known) refuse(kInvalid, "%s names %s, which is not an epilogue", variable, name.c_str());
+    found = found || epilogue.name == name;
   }
+  return found;
+}
+
+void check_available(const Configuration& configuration) {
+  const Epilogue& epilogue = *configuration.epilogue;
+  if (names_epilogue("CUDASIM_CUBLASLT_WITHOUT", epilogue))
+    refuse(kUnsupported, "CUDASIM_CUBLASLT_WITHOUT names the epilogue %s", epilogue.name);
 }
 
 Layout Configuration::bias_layout() const {

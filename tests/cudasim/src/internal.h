@@ -23,6 +23,9 @@ void report_at(const char* kind, const char* file, int line, const char* format,
 // Runs the work in the order of the stream: at once, or in lazy mode when something waits for it.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 
+// The running work takes so long on the clock that events read. What does not say so takes no time.
+void pass_time(double milliseconds);
+
 // --- memory.cpp ------------------------------------------------------------------------------------------------------
 
 // A library's access to device memory when its work runs. what names the operand. False (and a report) if bytes from p

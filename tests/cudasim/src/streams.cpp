@@ -3,7 +3,6 @@
 // Usually work runs in the call that submits it. In lazy mode it is queued and runs only when something waits for it,
 // and then only what that needs: a missing wait or a host buffer that is written too early shows as stale or wrong
 // data.
-#include <chrono>
 #include <deque>
 #include <memory>
 #include <set>
@@ -33,7 +32,7 @@ struct Stream {
 struct Event {
   bool timing = true;
   Point recorded{nullptr, 0};
-  std::shared_ptr<std::chrono::steady_clock::time_point> time;  // null: never recorded
+  std::shared_ptr<double> time;  // on the simulated clock; null: never recorded
 };
 
 std::vector<std::shared_ptr<Stream>>& streams() {  // the first is the legacy default stream
@@ -41,6 +40,7 @@ std::vector<std::shared_ptr<Stream>>& streams() {  // the first is the legacy de
   return streams;
 }
 std::set<Event*> events;
+double simulated_clock = 0;  // milliseconds
 
 // Null if the handle is not a stream.
 std::shared_ptr<Stream> find_stream(cudaStream_t handle) {
@@ -107,6 +107,8 @@ void enqueue(cudaStream_t stream, std::function<void()> work) {
   const ApiCall call;
   submit(stream, std::move(work));
 }
+
+void pass_time(double milliseconds) { simulated_clock += milliseconds; }
 
 cudaError_t synchronize(cudaStream_t handle) {
   const auto stream = find_stream(handle);
@@ -226,9 +228,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   const auto stream = find_stream(stream_handle);
   Event* event = find_event(handle);
   if (!stream || !event) return fail(cudaErrorInvalidResourceHandle);
-  event->time = std::make_shared<std::chrono::steady_clock::time_point>();
+  event->time = std::make_shared<double>();
   event->recorded = {stream, stream->submitted + 1};
-  submit_after(stream, {}, [time = event->time] { *time = std::chrono::steady_clock::now(); });
+  submit_after(stream, {}, [time = event->time] { *time = simulated_clock; });
   return cudaSuccess;
 }
 
@@ -257,6 +259,6 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, 
   if (!start || !end || !start->time || !end->time || !start->timing || !end->timing)
     return fail(cudaErrorInvalidResourceHandle);
   if (!finished(start->recorded) || !finished(end->recorded)) return fail(cudaErrorNotReady);
-  *milliseconds = std::chrono::duration<float, std::milli>(*end->time - *start->time).count();
+  *milliseconds = static_cast<float>(*end->time - *start->time);
   return cudaSuccess;
 }
