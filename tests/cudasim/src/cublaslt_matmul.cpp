@@ -340,7 +340,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
       call.algorithm = algorithm.number;
       check_call(call, &algorithm, workspace_bytes);
       fails_as_it_should = methods[algorithm.number].kind != Method::Good;
-      if (fails_as_it_should) refuse(CUBLAS_STATUS_NOT_SUPPORTED, "algorithm %zu does not run", size_t{algorithm.number});
+      if (fails_as_it_should)
+        refuse(CUBLAS_STATUS_NOT_SUPPORTED, "algorithm %zu does not run", size_t{algorithm.number});
     } else {
       check_available(call.configuration);
       call.workspace_bytes = std::min<uint64_t>(workspace_bytes, kLargestWorkspace);

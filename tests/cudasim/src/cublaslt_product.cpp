@@ -82,8 +82,8 @@ std::vector<float> multiply(const std::vector<float>& a, const std::vector<float
   for (int64_t first = begin; first < end; first += kBlock)
     for (int64_t j = 0; j < b_panels; j++)
       for (int64_t i = 0; i < a_panels; i++)
-        add_product_of_panels(&a[(i * k + first) * kPanelA], &b[(j * k + first) * kPanelB], std::min(kBlock, end - first),
-                              &sum[j * kPanelB * ld + i * kPanelA], ld);
+        add_product_of_panels(&a[(i * k + first) * kPanelA], &b[(j * k + first) * kPanelB],
+                              std::min(kBlock, end - first), &sum[j * kPanelB * ld + i * kPanelA], ld);
   return sum;
 }
 
