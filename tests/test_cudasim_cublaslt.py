@@ -39,8 +39,8 @@ LAYOUT = {
     "BATCH_STRIDE": (6, i64), "PLANE_OFFSET": (7, i64), "BATCH_MODE": (8, u32),
 }  # fmt: skip
 PREFERENCE = {
-    "SEARCH_MODE": (0, u32), "MAX_WORKSPACE_BYTES": (1, u64), "REDUCTION_SCHEME_MASK": (3, u32), "ALIGNMENT_A": (5, u32), "ALIGNMENT_B": (6, u32),
-    "ALIGNMENT_C": (7, u32), "ALIGNMENT_D": (8, u32),
+    "SEARCH_MODE": (0, u32), "MAX_WORKSPACE_BYTES": (1, u64), "REDUCTION_SCHEME_MASK": (3, u32),
+    "ALIGNMENT_A": (5, u32), "ALIGNMENT_B": (6, u32), "ALIGNMENT_C": (7, u32), "ALIGNMENT_D": (8, u32),
 }  # fmt: skip
 
 lt: Any = None
