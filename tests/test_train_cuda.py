@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from devices import require_simulator
+from devices import SIMULATOR, require_simulator
 from training_data import V, text, write_shard, write_tokenizer
 
 RUNNER = Path(__file__).parent / "run_in_simulator.py"
@@ -79,6 +79,28 @@ def test_several_ranks_through_nccl():
     assert len(found) == 6
     # Sums in another order: a few ulps of 4.2, and a little more with each update.
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4
+
+
+def test_ranges_of_a_step(directory):
+    """What a profiler is told through NVTX: two steps of two micro-steps, then a validation of two batches."""
+    record = directory / "ranges"
+    recorder = SIMULATOR / "library_tests" / "libnvtx_recorder.so"
+    train("-x 2 -d 64", NVTX_INJECTION64_PATH=str(recorder), NVTX_RECORD=str(record))
+    root: list = []
+    stack = [root]
+    for line in record.read_text().splitlines():
+        if line == "pop":
+            stack.pop()
+            continue
+        stack[-1].append((line.removeprefix("push "), []))
+        stack.append(stack[-1][-1][1])
+    assert len(stack) == 1  # each range was ended
+    forward = ("forward", [("block", []), ("block", [])])
+    loss_head, block = ("loss head", []), ("backward of a block", [])
+    micro_step = [forward, ("backward", [loss_head, block, block])]
+    step = [*micro_step, *micro_step, ("update", [])]
+    validation = ("evaluate", [forward, loss_head])
+    assert root == [*step, *step, validation, validation]
 
 
 def test_lazy_streams_change_nothing():
