@@ -34,7 +34,8 @@ class Communicator {
   // x = sum of x over the ranks, the same bits on all of them
   virtual Ticket all_reduce_sum(Tensor x, const std::string& what) = 0;
 
-  // With x cut into size() equal slices: slice rank() of x = average of that slice over the ranks; the rest is undefined.
+  // With x cut into size() equal slices: slice rank() of x = average of that slice over the ranks; the rest is undefined,
+  // except that 0 on all ranks stays 0 (what pads a unit, and is summed with it).
   virtual Ticket reduce_scatter_average(Tensor x, const std::string& what) = 0;
 
   // x = the ranks' own slices, in the order of the ranks. own has x.numel() / size() elements and may lie in x, where

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Builds the core with sanitizers into build/sanitize and runs it (scripts/setup.sh first):
+#   scripts/sanitize.sh address [arguments of pytest]   AddressSanitizer and UndefinedBehaviorSanitizer, below Python;
+#                                                       without arguments a selection of tests that reaches all of it
+#   scripts/sanitize.sh thread                          ThreadSanitizer, in tests/sanitizers/threads.cpp
+# tests/sanitizers/README.md says what they see and what they do not.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+kind=${1:-}
+case "$kind" in
+  address) target=_C ;;
+  thread) target=threads ;;
+  *) sed -n '2,7s/^# //p' "$0" >&2; exit 2 ;;
+esac
+shift
+[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+build=$PWD/build/sanitize/$kind
+cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DLLMC_SANITIZE="$kind" -DLLMC_CUDA=OFF >/dev/null
+cmake --build "$build" --target "$target" -j "$(nproc)"
+runtime() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
+export UBSAN_OPTIONS=print_stacktrace=1
+
+if [ "$kind" = thread ]; then
+  # Address space that is laid out at random can lie where the sanitizer wants its own.
+  exec setarch -R env OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$build/threads"
+fi
+
+# llmc with this core instead of its own, for all processes that the tests start.
+package=$build/package/llmc
+mkdir -p "$package"
+for file in llmc/*; do
+  case "$file" in *.so | *__pycache__) ;; *) ln -sfn "$PWD/$file" "$package/" ;; esac
+done
+ln -sf "$build"/_C.*.so "$package/"
+export PYTHONPATH=$build/package LD_PRELOAD="$(runtime asan) $(runtime stdc++)"
+export PYTHONMALLOC=malloc # or Python would hand out pieces of larger blocks, whose ends nobody sees
+# Python and torch leave much to the end of the process.
+export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1
+if [ $# = 0 ]; then mapfile -t selection <tests/sanitizers/selection.txt; set -- "${selection[@]}"; fi
+exec python -m pytest -q -p no:cacheprovider "$@"
