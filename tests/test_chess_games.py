@@ -2,6 +2,7 @@
 
 import io
 import random
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -192,6 +193,16 @@ def test_time_classes(control: str, time: str | None) -> None:
             ["e2e4"] if name == time else [],
             {} if name == time else {"time control": 1},
         )
+
+
+@pytest.mark.parametrize("tag", ["[A\n", "[A \n", '[A "b"\n'])
+def test_tags_that_do_not_end_take_linear_time(tag: str) -> None:
+    """Hundredths of a second; a search to the end of the text from each line takes seconds or minutes."""
+    text = tag.encode() * 500_000
+    begin = time.process_time()
+    _, counts = _C.chess.encode_pgn(text)
+    assert time.process_time() - begin < 1
+    assert sum(counts.values()) == 1 and "kept" not in counts
 
 
 def test_uci() -> None:

@@ -162,18 +162,19 @@ class PgnReader {
   void read_tags(Game& game) {
     Tags tags;
     while (skip_blanks() && text_[at_] == '[') {
-      const size_t line = std::min(text_.find('\n', at_), text_.size());
-      const size_t name_end = std::min(text_.find_first_of(" \t\"", at_), line);
-      const size_t begin = std::min(text_.find('"', name_end), line) + 1;
+      // Nothing is looked for beyond the line: that would take quadratic time.
+      const std::string_view line = text_.substr(at_, text_.find('\n', at_) - at_);
+      const size_t name_end = std::min(line.find_first_of(" \t\""), line.size());
+      const size_t begin = std::min(line.find('"', name_end), line.size()) + 1;
       size_t end = begin;
-      while (end < line && text_[end] != '"') end += text_[end] == '\\' ? 2 : 1;
-      if (end >= line) {
+      while (end < line.size() && line[end] != '"') end += line[end] == '\\' ? 2 : 1;
+      if (end >= line.size()) {
         game.drop(Fate::Unreadable);
-      } else if (std::string_view* value = tags.find(text_.substr(at_ + 1, name_end - at_ - 1))) {
-        *value = text_.substr(begin, end - begin);
+        at_ += line.size();
+        continue;
       }
-      at_ = end >= line ? line : std::min(text_.find(']', end), line);
-      if (at_ < line) at_++;
+      if (std::string_view* value = tags.find(line.substr(1, name_end - 1))) *value = line.substr(begin, end - begin);
+      at_ += std::min(line.find(']', end), line.size() - 1) + 1;
     }
     if (const std::optional<Fate> fate = tags.reason_to_drop(filter_)) game.drop(*fate);
   }
