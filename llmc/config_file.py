@@ -11,12 +11,14 @@ import yaml
 from llmc.binfile import atomic_write
 from llmc.config import TABLE, TrainConfig, flag_fields, flag_of, read_value, show
 from llmc.errors import RunError, UsageError
+from llmc.text_file import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+MAX_BYTES = 2**16  # many times those of all settings; the parsers can take time in the square of it
 HEADER = "# Settings of a run of llmc-train; llmc-train --config FILE repeats it."
 
 
@@ -36,7 +38,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     if suffix not in PARSERS:
         raise UsageError(f"--config {show(path)}: the name must end in {', '.join(PARSERS)}")
     try:
-        content = PARSERS[suffix](Path(path).read_text(encoding="utf-8"))
+        content = PARSERS[suffix](read_text(path, MAX_BYTES))
     except OSError as error:
         raise RunError(f"--config {show(path)} cannot be read: {error.strerror or error}") from error
     # TOML's errors are ValueErrors, and so is what is not UTF-8.

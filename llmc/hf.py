@@ -17,6 +17,7 @@ from llmc import json_text, models
 from llmc.build import core_config
 from llmc.errors import RunError
 from llmc.model_file import FileDtype, ModelShape
+from llmc.text_file import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +45,22 @@ EXACT_IN: dict[str, FileDtype] = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"} 
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor is."""
+
+    file: Path
+    name: str  # in it
+    tensors: Any  # of the file: opened once, as each time reads what the file says of all of them
+
+
+@dataclass(frozen=True)
 class HfModel:
     """A directory that was found to hold a model of ours."""
 
     directory: Path
     shape: ModelShape
     dtype: FileDtype  # of the model file that keeps all values
-    places: dict[str, tuple[Path, str]]  # of our parameters: file and name in it
+    places: dict[str, Place]  # of our parameters
     end_of_text: int | None  # what config.json says
 
 
@@ -89,15 +99,16 @@ def open_model(directory: Path, origin: str) -> HfModel:
     import torch
 
     shape, config = read_config(directory / CONFIG)
-    places: dict[str, tuple[Path, str]] = {}  # by the name without "transformer."
+    places: dict[str, Place] = {}  # by the name without "transformer."
     for file in weight_files(directory, origin):
-        for name in open_tensors(file).keys():  # noqa: SIM118 (safetensors' object is not a mapping)
+        tensors = open_tensors(file)
+        for name in tensors.keys():  # noqa: SIM118 (safetensors' object is not a mapping)
             plain = name.removeprefix("transformer.")
             if plain in places:
                 raise RunError(
-                    f"{file}: {name} is also in {places[plain][0]} as {places[plain][1]}: remove one of them"
+                    f"{file}: {name} is also in {places[plain].file} as {places[plain].name}: remove one of them"
                 )
-            places[plain] = (file, name)
+            places[plain] = Place(file, name, tensors)
     parameters = {}
     dtypes = set()
     for name, size in shape.parameters():
@@ -112,14 +123,14 @@ def open_model(directory: Path, origin: str) -> HfModel:
     head = places.pop("lm_head.weight", None)
     if head and not torch.equal(read_tensor(head).float(), read_tensor(parameters["wte"]).float()):
         raise RunError(
-            f"{head[0]}: {head[1]} differs from {parameters['wte'][1]}: a model file has one matrix for both, so "
+            f"{head.file}: {head.name} differs from {parameters['wte'].name}: a model file has one matrix for both, so "
             "this model cannot be converted"
         )
     if not head and config.get("tie_word_embeddings") is False:
         raise RunError(f"{directory}: {CONFIG} has tie_word_embeddings = false, but there is no lm_head.weight")
     other = next((place for plain, place in places.items() if not CAUSAL_MASK.fullmatch(plain)), None)
     if other:
-        raise RunError(f"{other[0]}: {other[1]} is no parameter of a {ARCHITECTURE} with {shape.num_layers} layers")
+        raise RunError(f"{other.file}: {other.name} is no parameter of a {ARCHITECTURE} with {shape.num_layers} layers")
     end_of_text = config.get("eos_token_id", models.END_OF_TEXT_IDS[models.GPT2_VOCAB_SIZE])
     valid = isinstance(end_of_text, int) and 0 <= end_of_text < shape.vocab_size
     dtype: FileDtype = "bf16" if dtypes == {"bf16"} else "fp32"
@@ -252,28 +263,26 @@ def import_safetensors() -> Any:
     return safetensors
 
 
-def read_tensor(place: tuple[Path, str]) -> "torch.Tensor":
-    path, name = place
-    tensor: torch.Tensor = open_tensors(path).get_tensor(name)
+def read_tensor(place: Place) -> "torch.Tensor":
+    tensor: torch.Tensor = place.tensors.get_tensor(place.name)
     return tensor
 
 
-def check_tensor(place: tuple[Path, str], expected: tuple[int, ...]) -> FileDtype:
+def check_tensor(place: Place, expected: tuple[int, ...]) -> FileDtype:
     """Return the dtype of the model file that keeps all values of the tensor. RunError unless shape and dtype fit."""
-    path, name = place
-    tensor = open_tensors(path).get_slice(name)
+    tensor = place.tensors.get_slice(place.name)
     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
     if shape != expected:
-        raise RunError(f"{path}: {name} has shape {shape}, by {CONFIG} it is {expected}")
+        raise RunError(f"{place.file}: {place.name} has shape {shape}, by {CONFIG} it is {expected}")
     if dtype not in EXACT_IN:
-        raise RunError(f"{path}: {name} has dtype {dtype}, known are {', '.join(EXACT_IN)}")
+        raise RunError(f"{place.file}: {place.name} has dtype {dtype}, known are {', '.join(EXACT_IN)}")
     return EXACT_IN[dtype]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`. RunError if there is none."""
     try:
-        content = json_text.parse(path.read_text(encoding="utf-8"))
+        content = json_text.parse(read_text(path, json_text.MAX_BYTES))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+MAX_BYTES = 2**28  # of a file: a vocabulary of a million tokens takes a tenth of it
 SHOWN = 60  # characters of a value in a message
 
 

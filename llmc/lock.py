@@ -58,9 +58,12 @@ class Lock:
 
 
 def open_locked(path: Path) -> int:
-    """The file, made if need be, with the lock. BlockingIOError if another process has it."""
+    """The file, made if need be, with the lock. BlockingIOError if another process has it, OSError if it is a link.
+
+    It is going to be overwritten: a link would lead to a file that is none of the run's.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The run before may have deleted the file since it was opened here: then others lock another one.
@@ -75,6 +78,7 @@ def open_locked(path: Path) -> int:
 
 def holder(path: Path) -> str:
     try:
-        return path.read_text(errors="replace") or "which does not say more"
+        with path.open(errors="replace") as file:
+            return file.read(200) or "which does not say more"
     except OSError:
         return "which has ended just now"

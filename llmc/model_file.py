@@ -31,6 +31,7 @@ FileDtype = Literal["fp32", "bf16"]
 
 VERSIONS: dict[FileDtype, int] = {"fp32": 3, "bf16": 5}
 STEP_SLOT = 10  # of checkpoints: step + 1. 0 in all other files, and llm.c does not look at it
+MAX_LAYERS = 2**12  # that the core takes; of tiny layers a file could hold more than there is memory for their names
 ITEM_BYTES: dict[FileDtype, int] = {"fp32": 4, "bf16": 2}
 
 BLOCK_TENSORS = (
@@ -113,6 +114,8 @@ def check_shape(path: PathLike, shape: ModelShape) -> None:
     for name, value in asdict(shape).items():
         if value <= 0:
             raise RunError(f"{path} is damaged: its header says {name} = {value}, which must be positive")
+    if shape.num_layers > MAX_LAYERS:
+        raise RunError(f"{path} is damaged: its header says num_layers = {shape.num_layers}, the most are {MAX_LAYERS}")
     if shape.padded_vocab_size < shape.vocab_size:
         raise RunError(
             f"{path} is damaged: its header says padded_vocab_size = {shape.padded_vocab_size}, "
@@ -152,30 +155,31 @@ def load_model(
         where = f", which differs in {wrong[0]}" if wrong else ""
         raise RunError(f"{path} holds another model than the one to load it into{where}: it has {asdict(shape)}")
     offset = HEADER_BYTES
-    with torch.no_grad():
+    with open(path, "rb") as file, torch.no_grad():
         for name, size in expected:
             begin = 0 if parts is None else parts[name][0]
             target = parameters[name]
             if target.numel() > 0:
-                target.copy_(mapped(path, dtype, offset + begin * ITEM_BYTES[dtype], tuple(target.shape)))
+                target.copy_(mapped(file, dtype, offset + begin * ITEM_BYTES[dtype], tuple(target.shape)))
             offset += math.prod(size) * ITEM_BYTES[dtype]
 
 
 def mapped_parameters(path: PathLike, shape: ModelShape, dtype: FileDtype) -> dict[str, "torch.Tensor"]:
     """The parameters in a model file, by the program's names; their memory is the file's, not to be written to."""
     parameters, offset = {}, HEADER_BYTES
-    for name, size in shape.parameters():
-        parameters[name] = mapped(path, dtype, offset, size)
-        offset += math.prod(size) * ITEM_BYTES[dtype]
+    with open(path, "rb") as file:
+        for name, size in shape.parameters():
+            parameters[name] = mapped(file, dtype, offset, size)
+            offset += math.prod(size) * ITEM_BYTES[dtype]
     return parameters
 
 
-def mapped(path: PathLike, dtype: FileDtype, offset: int, size: tuple[int, ...]) -> "torch.Tensor":
+def mapped(file: BinaryIO, dtype: FileDtype, offset: int, size: tuple[int, ...]) -> "torch.Tensor":
     """The values of a model file from byte `offset` on; their memory is the file's, not to be written to."""
     import torch
 
     # Copy-on-write: torch refuses to share read-only memory without a warning.
-    values = torch.from_numpy(np.memmap(path, "<f4" if dtype == "fp32" else "<i2", "c", offset, size))
+    values = torch.from_numpy(np.memmap(file, "<f4" if dtype == "fp32" else "<i2", "c", offset, size))
     return values if dtype == "fp32" else values.view(torch.bfloat16)
 
 

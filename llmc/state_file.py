@@ -23,6 +23,7 @@ from llmc.binfile import HEADER_BYTES, MAGIC_STATE, atomic_write, read_header, w
 from llmc.checksum import seal
 from llmc.data.consumed import Consumed
 from llmc.data.loader import LoaderState
+from llmc.data.shards import MAX_TOKENS
 from llmc.errors import RunError
 from llmc.model_file import PathLike, write_array
 
@@ -35,6 +36,7 @@ TRAILER_MAGIC = 20261124
 TWISTER = struct.Struct("<QiI624I2I")
 TWISTER_SIZE = 624
 TWISTER_CONSTANTS = (0, 0x9908B0DF)
+MAX_TRAILER = 2**31  # bytes: some fifty million batches that an interrupted run of other ranks has consumed
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,10 @@ def map_arrays(path: PathLike, state: TrainState) -> dict[str, np.ndarray]:
     """The arrays of the file that `state` was read from: fp32 (array_size,) each, read when they are touched."""
     n = state.array_size
     # Copy-on-write: torch refuses to share read-only memory without a warning. Nothing is ever written.
-    return {name: np.memmap(path, "<f4", "c", HEADER_BYTES + 4 * n * i, (n,)) for i, name in enumerate(state.arrays)}
+    with open(path, "rb") as file:
+        return {
+            name: np.memmap(file, "<f4", "c", HEADER_BYTES + 4 * n * i, (n,)) for i, name in enumerate(state.arrays)
+        }
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,9 @@ class Reader:
         magic, length = struct.unpack("<iQ", self._read(12, "the trailer"))
         if magic != TRAILER_MAGIC:
             raise RunError(f"{self.path} is too long: {self.left + 12} bytes do not belong to it")
+        self._require(length, "the trailer")
+        if length > MAX_TRAILER:
+            raise RunError(f"{self.path} is damaged: its trailer has {length} bytes, {MAX_TRAILER} are the most")
         raw = self._read(length, "the trailer")
         if self.left > 0:
             raise RunError(f"{self.path} is too long: {self.left} bytes follow the trailer")
@@ -231,6 +239,9 @@ class Reader:
 
     def _order(self, what: str) -> np.ndarray:
         (length,) = struct.unpack("<Q", self._read(8, what))
+        self._require(4 * length, what)
+        if length > MAX_TOKENS:
+            raise RunError(f"{self.path} is damaged: {what} has {length} entries, a shard at most {MAX_TOKENS} tokens")
         return np.frombuffer(self._read(4 * length, what), dtype="<i4").astype(np.int32)
 
     def _read(self, size: int, what: str) -> bytes:

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,10 +19,11 @@ import numpy as np
 import tiktoken
 import tiktoken.load
 
-from llmc import binfile
+from llmc import binfile, json_text
 from llmc.data.shards import MAX_TOKEN, token_dtype
 from llmc.errors import RunError, UsageError
 from llmc.models import CHESS_VOCAB_SIZE, GPT2_VOCAB_SIZE, MAX_SIZE
+from llmc.text_file import read_text
 
 END_OF_TEXT = "<|endoftext|>"
 LLMC_FILES = {GPT2_VOCAB_SIZE: "gpt2_tokenizer.bin", CHESS_VOCAB_SIZE: "chessGPT_tokenizer.bin"}
@@ -81,6 +82,9 @@ class Tokenizer:
         return self.tokens[id]
 
     def _read_tokens(self) -> list[bytes]:
+        size = self.path.stat().st_size
+        if size > binfile.HEADER_BYTES + 256 * self.vocab_size:
+            raise RunError(f"{self.path} is too long: {size} bytes, {self.vocab_size} tokens take at most 256 each")
         raw = self.path.read_bytes()
         tokens = []
         position = binfile.HEADER_BYTES
@@ -324,12 +328,13 @@ class HuggingFaceTokenizer:
         except ImportError:
             raise RunError(f"{path} needs the package tokenizers: python -m pip install tokenizers") from None
         try:
-            content = path.read_text(encoding="utf-8")
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            content = read_text(path, json_text.MAX_BYTES)
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-        except Exception as error:  # the package raises nothing narrower
+        except ValueError as error:
             raise RunError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
+        with _errors_of_the_package(f"{path} is no tokenizer.json of Hugging Face"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
         self._path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -351,10 +356,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True  # the package does not pickle it
 
     def encode(self, text: str) -> np.ndarray:
-        try:
+        with _errors_of_the_package(f"{self._path} cannot encode a text"):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the package raises nothing narrower
-            raise RunError(f"{self._path} cannot encode a text: {error}") from error
         return np.array(ids, dtype=self._dtype)
 
     def token_bytes(self) -> list[bytes]:
@@ -369,16 +372,34 @@ class HuggingFaceTokenizer:
         return tokens
 
 
+@contextlib.contextmanager
+def _errors_of_the_package(message: str) -> Iterator[None]:
+    """tokenizers raises nothing narrower than Exception; where its Rust panics, not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RunError(f"{message}: {error}") from error
+
+
 def _bytes_of_tokens(description: dict[str, Any], path: Path) -> Callable[[str], bytes]:
     """How the vocabulary of a tokenizer.json spells bytes. RunError if its texts are not the bytes of its tokens."""
-    steps = [part for part in (description.get("decoder"), description.get("pre_tokenizer")) if part]
-    steps += [step for part in steps for step in part.get("decoders", []) + part.get("pretokenizers", [])]
-    types = {step["type"] for step in steps}
+    types = [*_types_in(description.get("decoder")), *_types_in(description.get("pre_tokenizer"))]
     if "ByteLevel" in types:
         return _bytes_of_byte_level
     if "Metaspace" in types or "ByteFallback" in types:
         return _bytes_of_sentencepiece
     raise RunError(f"{path} is neither byte-level nor like SentencePiece: its tokens cannot be written as bytes")
+
+
+def _types_in(step: object) -> Iterator[object]:
+    """Of a step and those in it. The package also takes steps without a type, and fields that it has no use for."""
+    if isinstance(step, dict):
+        yield step.get("type")
+        for name in ("decoders", "pretokenizers"):
+            for part in step[name] if isinstance(step.get(name), list) else ():
+                yield from _types_in(part)
 
 
 def _bytes_of_byte_level(token: str) -> bytes:

@@ -239,6 +239,8 @@ REFUSED = [  # file, its text, what the message must contain
     ("a.yaml", "batch-size: 4\nmodel: 'd12", "line 2"),
     ("a.yaml", "model: !!python/object/apply:os.getcwd []", "--config a.yaml is not valid YAML"),
     ("a.yaml", "model: d12\n---\nmodel: d24", "--config a.yaml is not valid YAML"),
+    ("a.toml", "#" * 2**16 + "#", "--config a.toml is not valid TOML: it has more than 65536 bytes"),
+    ("a.yaml", "#" * 2**16 + "#", "--config a.yaml is not valid YAML: it has more than 65536 bytes"),
     ("a.json", "{}", "--config a.json: the name must end in .toml, .yaml, .yml"),
     ("a", "", "--config a: the name must end in .toml"),
 ]

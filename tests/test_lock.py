@@ -101,6 +101,17 @@ def rank_of_a_run(ranks, directory):
         train(parse_args(f"{BASE} -x 4 -n 2 -z 3 -o out".split()).config, ranks)
 
 
+def test_a_link_in_its_place_leads_nowhere(directory, capsys):
+    """What it points to would be emptied."""
+    (directory / "precious").write_text("text")
+    (directory / "out").mkdir()
+    (directory / "out" / ".lock").symlink_to("../precious")
+    with Lock("out") as lock:
+        lock.take()
+    assert (directory / "precious").read_text() == "text"
+    assert capsys.readouterr().out.startswith("WARNING: out/.lock cannot be locked")
+
+
 def test_the_ranks_of_a_run_are_one_holder(directory):
     run_ranks(3, rank_of_a_run, directory)
     assert len(list(Path("out").glob("DONE_*"))) == 2

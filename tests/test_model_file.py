@@ -246,12 +246,13 @@ def with_slots(**changes: int) -> bytes:
         (with_slots(maxT=0), "is damaged: its header says max_seq_len = 0, which must be positive"),
         (with_slots(V=-7), "is damaged: its header says vocab_size = -7"),
         (with_slots(L=0), "is damaged: its header says num_layers = 0"),
+        (with_slots(L=2**12 + 1), "is damaged: its header says num_layers = 4097, the most are 4096"),
         (with_slots(NH=0), "is damaged: its header says num_heads = 0"),
         (with_slots(C=-4), "is damaged: its header says channels = -4"),
         (with_slots(Vp=0), "is damaged: its header says padded_vocab_size = 0"),
         (with_slots(Vp=6), "is damaged: its header says padded_vocab_size = 6, less than vocab_size = 7"),
         (with_slots(NH=3), "is damaged: its header says channels = 4, which num_heads = 3 does not divide"),
-        (with_slots(L=2**31 - 1, C=2**31 - 1, NH=1), r"is damaged: its header promises \d+ parameters"),
+        (with_slots(L=2**12, C=2**31 - 1, NH=1), r"is damaged: its header promises \d+ parameters"),
     ],
 )
 def test_bad_model_file(tmp_path: Path, content: bytes | None, message: str) -> None:

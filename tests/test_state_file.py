@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import struct
 import tracemalloc
@@ -306,6 +307,21 @@ def test_trailers_that_cannot_be_read(tmp_path, text):
     path = tmp_path / "state.bin"
     path.write_bytes(state_of_llm_c() + struct.pack("<iQ", 20261124, len(text)) + text)
     with pytest.raises(RunError, match=r"state\.bin is damaged: its trailer cannot be read [^\n]*$"):
+        read_state(path, N)
+
+
+@pytest.mark.parametrize("what", ["the order of the shards", "its trailer"])
+def test_sizes_that_the_file_has_but_no_run(tmp_path, what):
+    """A file with a hole takes no room on the disk, and all of it in memory."""
+    path = tmp_path / "state.bin"
+    shuffle = what != "its trailer"
+    raw = state_of_llm_c(shuffle=shuffle)
+    size = 2**40
+    end = 1024 + 4 * 3 * N
+    start = raw[:end] + struct.pack("<Q", size // 4) if shuffle else raw + struct.pack("<iQ", 20261124, size)
+    path.write_bytes(start)
+    os.truncate(path, len(start) + size)
+    with pytest.raises(RunError, match=rf"state\.bin is damaged: {what} has {size // 4 if shuffle else size} "):
         read_state(path, N)
 
 

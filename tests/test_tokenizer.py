@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -113,6 +114,14 @@ GOOD = tokenizer_bytes([b"ab", b"c"], 20240328, 2, 2, 0)
 def test_bad_file(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(RunError, match=f"{tmp_path / 't.bin'}.*{message}"):
         read(tmp_path / "t.bin", content)
+
+
+def test_a_file_larger_than_its_vocabulary(tmp_path: Path) -> None:
+    """It is not read: it need not even have room on the disk, but would have to have it in memory."""
+    (path := tmp_path / "t.bin").write_bytes(GOOD)
+    os.truncate(path, 2**40)
+    with pytest.raises(RunError, match=rf"{path} is too long: {2**40} bytes"):
+        Tokenizer(path)
 
 
 def test_missing_file_and_id(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def read_shard(path: str | os.PathLike[str]) -> np.ndarray:
     if n <= 0:
         raise RunError(f"{path}: its header gives {n} tokens, expected at least 1")
     binfile.check_size(path, binfile.HEADER_BYTES + format.dtype.itemsize * n, f"{n} tokens")
-    return np.memmap(path, dtype=format.dtype, mode="r", offset=binfile.HEADER_BYTES, shape=(n,))
+    # Not a Path, which numpy would resolve.
+    return np.memmap(os.fspath(path), dtype=format.dtype, mode="r", offset=binfile.HEADER_BYTES, shape=(n,))
 
 
 def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:

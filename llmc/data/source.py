@@ -13,14 +13,16 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from llmc.errors import RunError
 
 CHUNK_BYTES = 1_000_000
 ZSTD_BYTES = 4096  # decompressed at once: they can stand for 32,768 times as many
-MAX_MEMBER_BYTES = 2**28  # of a file in an archive that is read as a whole: more is no text of ours
+MAX_BYTES = 2**28  # of all files that are read as a whole: more is no text of ours
+MAX_DOCUMENT = 2**30  # characters of a text, or bytes of a line: a small compressed file can hold any number
+MAX_HEADER = 2**20  # bytes of a name in an archive, or of what else is said of a file
 # What tarfile raises for a damaged archive, by far not always as a TarError.
 ARCHIVE_ERRORS = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError),
@@ -141,20 +143,44 @@ def read_files(source: Path, pattern: str, expected: str) -> dict[str, bytes]:
 
     Nothing is extracted to the disk. RunError, which says what was `expected`, if they cannot be read.
     """
+    contents: dict[str, bytes] = {}
+    left = MAX_BYTES
+
+    def read(path: PurePath, size: int, file: IO[bytes]) -> None:
+        nonlocal left
+        if size > left:
+            raise RunError(f"{source}: {path} has {size} bytes, expected {expected}")
+        left -= size
+        contents[path.name] = file.read()
+
     try:
         if source.is_dir():
-            return {path.name: path.read_bytes() for path in source.rglob(PurePosixPath(pattern).name)}
-        contents = {}
-        with tarfile.open(source, "r|*") as archive:  # as a stream, so that nothing is allocated for what is not there
-            for path, size, file in regular_members(archive):
-                if path.match(pattern):
-                    if size > MAX_MEMBER_BYTES:
-                        raise RunError(f"{source}: {path} has {size} bytes, expected {expected}")
-                    contents[path.name] = file.read()
+            for path in source.rglob(PurePosixPath(pattern).name):
+                if path.is_file():  # a pipe would wait for ever
+                    with open(path, "rb") as file:
+                        read(path, os.fstat(file.fileno()).st_size, file)
+            return contents
+        with open_archive(source) as archive:
+            for member, size, content in regular_members(archive):
+                if member.match(pattern):
+                    read(member, size, content)
         return contents
     except ARCHIVE_ERRORS as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise RunError(f"cannot read {source}, expected {expected}: {reason}") from error
+
+
+class _Member(tarfile.TarInfo):
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        """Where tarfile lets subclasses look at a header, before it reads all of what it says to belong to it."""
+        if not self.isfile() and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def open_archive(path: Path, file: IO[bytes] | None = None) -> tarfile.TarFile:
+    """A tar archive, compressed or not, as a stream: nothing is allocated for what is not there."""
+    return tarfile.open(path, "r|*", fileobj=file, tarinfo=_Member)
 
 
 def regular_members(archive: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
@@ -179,10 +205,15 @@ def read_pieces(source: Source, divide: bool) -> Iterator[Piece]:
     begins = True
     position = 0
     waiting: list[str] = []  # the piece to come
+    held = 0  # characters of it
     with open_source(source.path) as (file, content):
         for chunk in _decode(content, source.path):
             cut = _cut(chunk) if divide else 0
+            held += len(chunk)
+            if held > MAX_DOCUMENT and not cut:
+                raise RunError(f"{source.path} has more than {MAX_DOCUMENT:,} characters in one piece: divide it")
             if cut:
+                held = len(chunk) - cut
                 yield Piece(begins, "".join([*waiting, chunk[:cut]]), file.tell() - position)
                 begins, position = False, file.tell()
                 waiting.clear()

@@ -18,7 +18,7 @@ from llmc.data.command import (
     fraction,
     report,
 )
-from llmc.data.source import Piece, Source, find_sources, fingerprint_of, open_source, read_pieces
+from llmc.data.source import MAX_DOCUMENT, Piece, Source, find_sources, fingerprint_of, open_source, read_pieces
 from llmc.data.writer import Encoded, Vocabulary, WrittenFile, write_dataset
 from llmc.errors import RunError
 from llmc.tokenizer import ENCODINGS, Encoder, make_encoder
@@ -129,7 +129,9 @@ def json_items(path: Path, key: str) -> Iterator[JsonLines]:
     position, number, gathered = 0, 1, list[bytes]()
     with open_source(path) as (file, content):
         size = 0
-        for line in content:
+        while line := content.readline(MAX_DOCUMENT + 1):
+            if len(line) > MAX_DOCUMENT:
+                raise RunError(f"{path} line {number + len(gathered)} has more than {MAX_DOCUMENT:,} bytes")
             gathered.append(line)
             size += len(line)
             if size >= ITEM_CHARACTERS:

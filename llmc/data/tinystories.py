@@ -9,7 +9,6 @@ import hashlib
 import os
 import random
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from llmc import json_text
 from llmc.binfile import atomic_write
 from llmc.data.command import Commands, add_out, add_shard_tokens, add_workers, report
 from llmc.data.download import download
-from llmc.data.source import ARCHIVE_ERRORS, Piece, fingerprint_of, regular_members
+from llmc.data.source import ARCHIVE_ERRORS, Piece, fingerprint_of, open_archive, regular_members
 from llmc.data.text import EncodeText, item_size, text_items, vocabulary_of, without_surrogates
 from llmc.data.writer import WrittenFile, write_dataset
 from llmc.errors import RunError
@@ -82,7 +81,7 @@ def unpack(archive: Path, directory: Path) -> Path:
             tqdm.wrapattr(
                 raw, "read", total=archive.stat().st_size, desc=f"unpacking {archive.name}", disable=None
             ) as f,
-            tarfile.open(fileobj=f, mode="r|gz") as members,
+            open_archive(archive, f) as members,
         ):
             directory.mkdir(parents=True, exist_ok=True)
             for member, size, content in regular_members(members):
