@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,28 @@ def test_a_short_run(tmp_path: Path, group: str, inputs: int, seconds: int) -> N
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(list((tmp_path / group).iterdir())) > 50  # inputs that led on
     assert list((tmp_path / "found").iterdir()) == []
+
+
+def test_the_long_form_counts_over_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("atheris")
+    import long
+
+    def feed(reader: str, inputs: int, seconds: int, seed: int) -> tuple[int, bool]:
+        asked.append((reader, inputs, seed))
+        return min(inputs, 600), reader == "shard"
+
+    monkeypatch.setattr(long, "TABLE", tmp_path / "fuzz.csv")
+    monkeypatch.setattr(long, "feed", feed)
+    monkeypatch.setattr(sys, "argv", ["long.py", "eval", "shard", "--inputs", "1000"])
+    for again in (False, True):
+        asked: list[tuple[str, int, int]] = []
+        long.main()
+        # What failed is not fed on until somebody has mended it and removed its line.
+        assert asked == ([] if again else [("eval", 1000, 1), ("eval", 400, 601), ("shard", 1000, 1)])
+    today = date.today()
+    header, *lines = (tmp_path / "fuzz.csv").read_text().splitlines()
+    assert header == "reader,inputs,failures,date" and len(lines) == len(TARGETS) + 4
+    assert {f"eval,1000,0,{today}", f"shard,600,1,{today}", "model,0,0,", "pgn,0,0,"} <= {*lines}
 
 
 PLANTED = """

@@ -5,6 +5,8 @@ proportion are defects. The rules of chess, which are C++, are in native.py.
 """
 
 import contextlib
+import copy
+import functools
 import gzip
 import io
 import json
@@ -123,12 +125,18 @@ def read_training_state(path: Path) -> None:
     for array in map_arrays(path, state).values():
         array.sum()
     for ranks in (1, 2):  # that wrote it, if this is one of them and the other one stands at the beginning
-        pattern = f"{path.parent}/of_{ranks}_*.bin"
-        loader = DataLoader(pattern, B=1, T=2, shuffle=state.loader.shuffle)
-        other = DataLoader(pattern, 1, 2, 1, 2, shuffle=state.loader.shuffle) if ranks == 2 else loader
-        states = [state.loader, replace(other.state(), B=state.loader.B, T=state.loader.T)]
+        new, other = loader_and_other(f"{path.parent}/of_{ranks}_*.bin", ranks, state.loader.shuffle)
+        loader = copy.copy(new)  # shares the generator, to which load_states gives another state
+        states = [state.loader, replace(other, B=state.loader.B, T=state.loader.T)]
         loader.load_states(states[:ranks], ["one", "two"])
         loader.next_batch()
+
+
+@functools.cache  # they are the same for every file
+def loader_and_other(pattern: str, ranks: int, shuffle: bool) -> tuple[DataLoader, LoaderState]:
+    """A loader at the beginning, of one rank, and the state of the last of so many."""
+    last = DataLoader(pattern, B=1, T=2, rank=ranks - 1, world_size=ranks, shuffle=shuffle)
+    return DataLoader(pattern, B=1, T=2, shuffle=shuffle), last.state()
 
 
 def trailer_seeds(directory: Path) -> None:
@@ -236,7 +244,8 @@ def journal_seeds(directory: Path) -> None:
 
 def read_journal(path: Path) -> None:
     (path.parent / "train.tokens").write_bytes(bytes(8))
-    unfinished = writer._Unfinished(path.parent, np.dtype("<u2"), FINGERPRINT)
+    with contextlib.redirect_stderr(io.StringIO()):
+        unfinished = writer._Unfinished(path.parent, np.dtype("<u2"), FINGERPRINT)
     try:
         for split in writer.SPLITS:
             unfinished.tokens(split).sum()
@@ -325,17 +334,25 @@ def tokenizer_json(decoder: str) -> str:
         "ByteLevel": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "Metaspace": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
     }
-    step = kinds[decoder]
+    before = after = kinds[decoder.removeprefix("Sequence of ")]
+    normalizer = None
+    if decoder.startswith("Sequence"):
+        split = {"type": "Split", "pattern": {"Regex": " ?a+"}, "behavior": "Isolated", "invert": False}
+        before = {"type": "Sequence", "pretokenizers": [split, {"type": "FixedLength", "length": 5}, before]}
+        after = {"type": "Sequence", "decoders": [after, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+        steps = [{"type": "Replace", "pattern": {"String": "b"}, "content": "a"}, {"type": "NFC"}]
+        normalizer = {"type": "Sequence", "normalizers": steps}
     return json.dumps(
         {
-            **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": [added], "normalizer": None},
-            **{"pre_tokenizer": step, "post_processor": None, "decoder": step, "model": model},
+            **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": [added]},
+            **{"normalizer": normalizer, "pre_tokenizer": before, "post_processor": None, "decoder": after},
+            "model": model,
         }
     )
 
 
 def tokenizer_json_seeds(directory: Path) -> None:
-    for decoder in ("ByteLevel", "Metaspace"):
+    for decoder in ("ByteLevel", "Metaspace", "Sequence of ByteLevel"):
         tokenizers.Tokenizer.from_str(tokenizer_json(decoder))
         (directory / decoder).write_text(tokenizer_json(decoder))
 
@@ -480,7 +497,9 @@ TARGETS = {
     "safetensors_header": Target("header", read_hf_header, hf_header_seeds, beside_weights, ("F32", "BF16", "I64")),
     "hf_config": Target(hf.CONFIG, read_hf_model, hf_config_seeds, beside_config, tuple(hf.SIZES)),
     "hf_index": Target(hf.INDEX, read_hf_model, hf_index_seeds, beside_index, ("../", "/etc/passwd", "\\u0000")),
-    "tokenizer_json": Target("tokenizer.json", read_tokenizer_json, tokenizer_json_seeds),
+    "tokenizer_json": Target(
+        "tokenizer.json", read_tokenizer_json, tokenizer_json_seeds, words=("Precompiled", "precompiled_charsmap")
+    ),
     "rank_file": Target("x.tiktoken", read_rank_file, rank_file_seeds),
     "main_log": Target("main.log", read_log, log_seeds, words=("trl:", "tel:", "eval:", "norm:", "inf", "1e+30")),
     "json_log": Target("main.jsonl", read_log, json_log_seeds, words=("step", "tokens", "NaN", "1e999", "null")),
