@@ -260,6 +260,9 @@ class GPT2:
     def memory(self) -> dict[str, int]:
         """Bytes of the plan by lifetime; each lifetime is allocated when it is first needed."""
 
+    def host_memory(self, n: int, dtype: str) -> Tensor:
+        """n values of the host's memory, zeroed and the caller's; a GPU copies from and to it at full speed."""
+
     def operation_times(self) -> dict[str, tuple[int, float, float, float]]:
         """Of a model made with timed=True, what its operations took since the last call: by name, and of products shape
         m x n x k, (calls, seconds, flops, bytes); see csrc/ops/timed_ops.h."""

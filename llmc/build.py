@@ -24,7 +24,7 @@ class Buffer:
     """A row of the memory plan."""
 
     name: str
-    lifetime: str  # parameters, gradients, optimizer, activations or host, the host's memory: one allocation each
+    lifetime: str  # parameters, gradients, optimizer, activations, checkpoint or host, the host's memory
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the allocation; buffers may share memory

@@ -64,15 +64,21 @@ class Checkpoint:
 
     def delete(self) -> None:
         """First the marker: a half-deleted checkpoint must not look like one. Missing files are ignored."""
-        for path in (self.done, self.model, *self.states()):
+        self.unmark()
+        for path in (self.model, *self.states()):
             path.unlink(missing_ok=True)
+
+    def unmark(self) -> None:
+        """Delete the marker, if there is one, also on the disk: a power cut must not leave it without the files."""
+        if self.done.exists():
+            self.done.unlink()
+            sync_directory(self.directory)
 
     def make_way(self, world_size: int) -> None:
         """Delete what an earlier, incomplete write of this step by more ranks would leave behind in the new one."""
         kept = set(map(self.state, range(world_size)))
         try:
-            if self.done.exists():
-                self.done.unlink()  # the files of the earlier one must not pass for these
+            self.unmark()  # the files of the earlier one must not pass for these
             for path in self.states():
                 if path not in kept:
                     path.unlink(missing_ok=True)

@@ -94,6 +94,9 @@ class TrainConfig:
     major_every: int = flag(
         "-nm", 0, "checkpoints", at_least(0), "checkpoints of every so many steps are major: never deleted; 0: none"
     )
+    async_checkpoint: bool = flag(
+        "", False, "checkpoints", ANY, "1: write checkpoints while training goes on, from a copy in the host's memory"
+    )
     resume: bool = flag(
         "-y", False, "checkpoints", ANY, "1: go on from the newest checkpoint in -o; 0: move its checkpoints aside"
     )
@@ -216,6 +219,7 @@ class TrainConfig:
             ("--json-log", self.json_log == "1", self.output_dir != "", "with an output directory -o"),
             ("--on-nan", self.on_nan == "rollback", checkpoints, "with checkpoints: add -n"),
             ("-nk", self.keep_checkpoints > 0, checkpoints, "with checkpoints: add -n"),
+            ("--async-checkpoint", self.async_checkpoint, checkpoints, "with checkpoints: add -n"),
             ("-nm", self.major_every > 0, self.keep_checkpoints > 0, "where checkpoints are deleted: add -nk"),
             ("--hellaswag-data", self.hellaswag_data != HELLASWAG_DATA, self.hellaswag, "with -h 1"),
             ("-f", not self.tf32, self.precision != "bf16", "with --precision fp32"),

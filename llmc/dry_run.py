@@ -16,6 +16,7 @@ from llmc.build import (
     precision_of,
     total_bytes,
 )
+from llmc.checkpoint_copies import copy_buffers
 from llmc.config import INT32_MAX, RECOMPUTE, TrainConfig
 from llmc.data.shards import find_shards, read_shard
 from llmc.device import Device, device_on_paper
@@ -113,7 +114,10 @@ def plan(
     if config.num_processes == 1:
         stage = 0  # as in training: there is nothing to cut
     options = core_options(config, precision, device, batch_size=batch_size, recompute=recompute, zero_stage=stage)
-    return memory_plan(core_config(f"-e {config.model}", shape), options, config.num_processes)
+    buffers = memory_plan(core_config(f"-e {config.model}", shape), options, config.num_processes)
+    if config.async_checkpoint:
+        buffers += copy_buffers(shape, options, config.num_processes, 0, buffers)
+    return buffers
 
 
 def largest_batch(

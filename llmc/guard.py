@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from llmc import nonfinite
 from llmc.errors import RunError
@@ -48,7 +48,7 @@ class Guard:
         self.skips_in_a_row += 1
         message = self._message(name, value, step, cause)
         if self.skips_in_a_row > MAX_SKIPS:
-            raise RunError(f"{message}; as in the {MAX_SKIPS} steps before, whose updates were skipped: {ADVICE}")
+            self._stop(f"{message}; as in the {MAX_SKIPS} steps before, whose updates were skipped: {ADVICE}")
         print(f"{message}; skipping the update ({self.skips} so far)", flush=True)
         return None
 
@@ -66,11 +66,16 @@ class Guard:
 
     def _go_back_or_stop(self, step: int, message: str) -> int:
         if self.run.config.on_nan != "rollback" or self.checkpoints is None:
-            raise RunError(f"{message}; {ADVICE if step > 0 else 'start from other weights'}")
+            self._stop(f"{message}; {ADVICE if step > 0 else 'start from other weights'}")
         print(message, flush=True)
         back = self.checkpoints.go_back()
         self.returns[back] += 1
         if self.returns[back] > MAX_RETURNS:
-            raise RunError(f"{message}; the run has gone back to step {back} {MAX_RETURNS} times: {ADVICE}")
+            self._stop(f"{message}; the run has gone back to step {back} {MAX_RETURNS} times: {ADVICE}")
         print(f"going back to the checkpoint of step {back}, and on with the data behind step {step + 1}", flush=True)
         return back
+
+    def _stop(self, message: str) -> NoReturn:
+        if self.checkpoints:
+            self.checkpoints.complete()
+        raise RunError(message)

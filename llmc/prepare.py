@@ -17,6 +17,7 @@ from llmc.build import (
     total_bytes,
 )
 from llmc.checkpoint import Checkpoint, files
+from llmc.checkpoint_copies import copy_buffers
 from llmc.checksum import verify
 from llmc.config import TrainConfig
 from llmc.data.eval_file import Example
@@ -152,6 +153,8 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
 
     sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision, device)
     buffers = memory_plan(sizes, options, P)
+    if config.async_checkpoint:
+        buffers += copy_buffers(shape, options, P, ranks.rank, buffers)
     check_memory(buffers, device, ranks)
     # The ranks may see different files.
     ranks.agree("tokens in the training data", train_loader.num_tokens)
@@ -262,10 +265,10 @@ def check_memory(buffers: list[Buffer], device: Device, ranks: Ranks) -> None:
             f"the run needs {needed // 2**20} MiB of memory, {where}: "
             "lower -b or -t, raise -r, or use a smaller model (--dry-run shows what would fit)"
         )
-    offloaded, available = host_bytes(buffers), memory_bytes() // ranks.local_size
-    if offloaded > available:
+    needed, available = host_bytes(buffers), memory_bytes() // ranks.local_size
+    if needed > available:
         each = " for each process" if ranks.local_size > 1 else ""
         raise RunError(
-            f"--offload-optimizer 1: the optimizer's state is {offloaded // 2**20} MiB, this machine has "
-            f"{available // 2**20} MiB{each}: use more machines with -z 1, or drop it"
+            f"the run needs {needed // 2**20} MiB of host memory, this machine has {available // 2**20} MiB{each}: "
+            "use more machines with -z 1, or drop --offload-optimizer 1 and --async-checkpoint 1"
         )

@@ -1,6 +1,7 @@
 """What the trainer says before the first step: the table of settings and the sizes in memory."""
 
 from llmc.build import bytes_by_lifetime, total_bytes
+from llmc.checkpoint_copies import PREFIX
 from llmc.logger import Row, table
 from llmc.model_file import ITEM_BYTES
 from llmc.prepare import Run
@@ -110,6 +111,9 @@ def memory_report(run: Run) -> str:
     ]
     if "master" in optimizer:
         lines.append(f"allocating {optimizer['master'] // MIB} MiB for master copy of params{host}")
+    if run.config.async_checkpoint:
+        copies = sum(buffer.bytes for buffer in run.buffers if buffer.name.startswith(PREFIX))
+        lines.append(f"allocating {copies // MIB} MiB for a copy of what a checkpoint holds")
     lines += [
         f"device memory usage: {used // MIB} MiB / {memory // MIB} MiB",
         f"memory per sequence: {per_sequence // MIB} MiB",

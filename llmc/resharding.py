@@ -51,6 +51,11 @@ def array_size(units: Sequence[Unit], world_size: int) -> int:
     return sum(size for _, size, _ in units) // world_size
 
 
+def state_array_size(shape: ModelShape, stage: int, world_size: int) -> int:
+    """Values in each array of a rank's state file."""
+    return shape.num_parameters if stage == 0 else array_size(model_units(shape, world_size), world_size)
+
+
 def placement_of(state: TrainState, shape: ModelShape) -> Placement:
     """Where the state files of the checkpoint that `state` belongs to have what."""
     if state.version == 1:

@@ -1,7 +1,7 @@
 """The state of a run, to and from the files of a checkpoint. All ranks of the run take part."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 from llmc.checkpoint import Checkpoint, find, mark_done
 from llmc.checksum import verify
 from llmc.config import TrainConfig
-from llmc.data.loader import DataLoader
 from llmc.errors import RunError
 from llmc.model_file import FileDtype, ModelShape, load_model, read_model_header, read_model_step, save_units
-from llmc.outliers import OutlierDetector
 from llmc.ranks import Ranks
 from llmc.resharding import (
     Parts,
@@ -22,6 +20,7 @@ from llmc.resharding import (
     own_parts,
     parameter_parts,
     placement_of,
+    state_array_size,
     whole_tensors,
 )
 from llmc.state_file import TrainState, map_arrays, read_state, write_state
@@ -30,76 +29,53 @@ if TYPE_CHECKING:
     import torch
 
     from llmc import _C
+    from llmc.checkpoint_copies import Copies
     from llmc.prepare import Run
 
 BACK = "put the right file back"
 
 
-def save(
-    checkpoint: Checkpoint,
-    shape: ModelShape,
-    precision: FileDtype,
-    model: "_C.GPT2",
-    loader: DataLoader,
-    loss_outliers: OutlierDetector,
-    norm_outliers: OutlierDetector,
-    ranks: Ranks,
-    read_back: bool = False,
-) -> str:
+# What a rank can do without the model and the other ranks, maybe in another thread: '', or what there is to say of it.
+Work = Callable[[], str]
+# Yields work whose result it wants to be sent. All ranks send it together: what is in between is done by all of them.
+Saving = Generator[Work, str, str]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a checkpoint hold of this rank, in the model's memory or in copies of it."""
+
+    units: Iterable[Mapping[str, "torch.Tensor"]]  # the parameters; all ranks must go through them, rank 0 writes them
+    state: TrainState
+    arrays: Mapping[str, list["torch.Tensor"]]
+
+
+def save(run: "Run", checkpoint: Checkpoint, copies: "Copies | None" = None) -> Saving:
     """Write all files of a checkpoint and, when they are on the disk, its marker.
 
-    read_back: only when what is on the disk has been compared with its checksum. Returns '', or on all ranks the reason
-    why there is no such checkpoint now, not even half of one.
+    copies: the run may go on while the work is done. With -nk the checkpoint is only good when what is on the disk has
+    been compared with its checksum. Returns '', or on all ranks the reason why there is no such checkpoint now, not
+    even half of one.
     """
-    what = f"the checkpoint of step {checkpoint.step}"
+    ranks, step = run.ranks, checkpoint.step
+    what = f"the checkpoint of step {step}"
     if ranks.rank == 0:
-        print(f"Writing checkpoint at step {checkpoint.step}\nWriting model to {checkpoint.model}", flush=True)
+        print(f"Writing checkpoint at step {step}\nWriting model to {checkpoint.model}")
+        print(*(f"Writing state to {checkpoint.state(rank)}" for rank in range(ranks.size)), sep="\n", flush=True)
     if problem := ranks.problem_of_rank_0(f"the place for {what}", checkpoint.make_way, ranks.size):
         return problem
-    model.start_optimizer()  # there may have been no update yet
-    try:
-        problem = ""
-        write_model(checkpoint, shape, precision, model, ranks)
-        if ranks.rank == 0:
-            for rank in range(ranks.size):
-                print(f"Writing state to {checkpoint.state(rank)}", flush=True)
-        write_own_state(checkpoint, shape, precision, model, loader, loss_outliers, norm_outliers, ranks)
-        if read_back:
-            for path in [checkpoint.state(ranks.rank), *([checkpoint.model] if ranks.rank == 0 else [])]:
-                verify(path, past_cache=True)
-    except RunError as error:
-        problem = str(error)
+    contents = contents_of(run, step)
+    if copies:
+        contents = copied(contents, copies, run.shape)
+    problem = yield lambda: write(run, checkpoint, contents)
     problem = ranks.first_problem(problem, what)
-    problem = problem or ranks.problem_of_rank_0(f"the end of {what}", mark_done, checkpoint)
-    if problem and ranks.rank == 0:
-        with contextlib.suppress(OSError):
-            checkpoint.delete()
-    return problem
+    problem = yield lambda: complete(checkpoint, problem) if ranks.rank == 0 else ""
+    return ranks.first_problem(problem, f"the end of {what}")
 
 
-def write_model(
-    checkpoint: Checkpoint, shape: ModelShape, precision: FileDtype, model: "_C.GPT2", ranks: Ranks
-) -> None:
-    """Rank 0's part; the others give theirs."""
-    units = (model.gather_parameters(unit) for unit in range(shape.num_layers + 2))
-    try:
-        if ranks.rank == 0:
-            save_units(checkpoint.model, shape, precision, units, checkpoint.step)
-    finally:
-        for _ in units:  # rank 0 needs this rank's part, and, if it cannot write, the others need it to go on
-            pass
-
-
-def write_own_state(
-    checkpoint: Checkpoint,
-    shape: ModelShape,
-    precision: FileDtype,
-    model: "_C.GPT2",
-    loader: DataLoader,
-    loss_outliers: OutlierDetector,
-    norm_outliers: OutlierDetector,
-    ranks: Ranks,
-) -> None:
+def contents_of(run: "Run", step: int) -> Contents:
+    model, shape, ranks, precision = run.model, run.shape, run.ranks, run.precision
+    model.start_optimizer()  # there may have been no update yet
     # fp32 parameters are their own master copy, and stand in the file as such.
     has_master = precision == "fp32" or model.options.master_weights
     sources = {"m": "m", "v": "v"}
@@ -108,21 +84,68 @@ def write_own_state(
     stage = model.options.zero_stage
     state = TrainState(
         version=1 if stage == 0 else 2,
-        step=checkpoint.step,
+        step=step,
         world_size=ranks.size,
         rank=ranks.rank,
         zero_stage=stage,
         has_master=has_master,
         num_parameters=shape.num_parameters,
-        array_size=shape.num_parameters if stage == 0 else array_size(model_units(shape, ranks.size), ranks.size),
+        array_size=state_array_size(shape, stage, ranks.size),
         rng_state=model.rng_state,
         last_update_rng_state=model.last_update_rng_state,
-        loader=loader.state(),
-        loss_window=tuple(loss_outliers.window),
-        norm_window=tuple(norm_outliers.window),
+        loader=run.train_loader.state(),
+        loss_window=tuple(run.loss_outliers.window),
+        norm_window=tuple(run.norm_outliers.window),
     )
-    arrays = {name: list(pieces(model, shape, source)) for name, source in sources.items()}
-    write_state(checkpoint.state(ranks.rank), state, arrays)
+    units = (model.gather_parameters(unit) for unit in range(shape.num_layers + 2))
+    return Contents(units, state, {name: list(pieces(model, shape, source)) for name, source in sources.items()})
+
+
+def copied(contents: Contents, copies: "Copies", shape: ModelShape) -> Contents:
+    arrays = {name: list(map(copies.copier(name), tensors)) for name, tensors in contents.arrays.items()}
+    units: list[Mapping[str, torch.Tensor]] = []
+    if "parameters" in copies:
+        copy = copies.copier("parameters")
+        units = [{name: copy(tensor) for name, tensor in unit.items()} for unit in contents.units]
+    elif contents.state.rank == 0:
+        units = [dict(zip((name for name, _ in shape.parameters()), arrays["master"], strict=True))]
+    for _ in contents.units:
+        pass
+    return Contents(units, contents.state, arrays)
+
+
+def write(run: "Run", checkpoint: Checkpoint, contents: Contents) -> str:
+    """The files of this rank; '', or why they are not there."""
+    rank = contents.state.rank
+    try:
+        try:
+            if rank == 0:
+                save_units(checkpoint.model, run.shape, run.precision, contents.units, checkpoint.step)
+        finally:
+            for (
+                _
+            ) in contents.units:  # rank 0 needs this rank's part, and, if it cannot write, the others need it to go on
+                pass
+        write_state(checkpoint.state(rank), contents.state, contents.arrays)
+        if run.config.keep_checkpoints > 0:  # older ones go: this one must be good
+            for path in [checkpoint.state(rank), *([checkpoint.model] if rank == 0 else [])]:
+                verify(path, past_cache=True)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def complete(checkpoint: Checkpoint, problem: str) -> str:
+    """Mark the checkpoint as done or, with a problem, delete what is there of it; the problem there is then."""
+    try:
+        if not problem:
+            mark_done(checkpoint)
+    except RunError as error:
+        problem = str(error)
+    if problem:
+        with contextlib.suppress(OSError):
+            checkpoint.delete()
+    return problem
 
 
 def pieces(model: "_C.GPT2", shape: ModelShape, name: str) -> "Iterator[torch.Tensor]":

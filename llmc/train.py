@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmc.checkpoint_writer import CheckpointWriter
 from llmc.config import TrainConfig
@@ -39,15 +38,21 @@ def train(config: TrainConfig, ranks: Ranks) -> bool:
         with open_trackers(config, ranks.rank, run.start_step, run.tokens_per_step) as tracker:
             logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume, tracker=tracker)
             print(memory_report(run), flush=True)
+            checkpoints = CheckpointWriter(run, output_dir) if output_dir and config.checkpoint_every > 0 else None
             stop = StopRequest()
             with stop.listening():
-                return take_steps(run, output_dir, logger, stop)
+                try:
+                    return take_steps(run, checkpoints, logger, stop)
+                except RunError:
+                    # Several ranks cannot, unless all end here: then guard.py has done it.
+                    if checkpoints and ranks.size == 1:
+                        checkpoints.complete()
+                    raise
 
 
-def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequest) -> bool:
+def take_steps(run: Run, checkpoints: CheckpointWriter | None, logger: Logger, stop: StopRequest) -> bool:
     """From the first step of the run to its end; False if it is asked to end earlier."""
     config, ranks = run.config, run.ranks
-    checkpoints = CheckpointWriter(run, output_dir) if output_dir and config.checkpoint_every > 0 else None
     guard = Guard(run, checkpoints)
     progress = Progress()
     throughput = Throughput(run.tokens_per_step, run.flops_per_token, run.peak_flops, ranks.size)
@@ -87,7 +92,8 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
                 inputs, targets = run.train_loader.next_batch()
                 batches.append(run.train_loader.position)
                 run.model.forward(inputs)
-                run.model.vote([wants_to_stop(run, stop, wall_time, checkpoints), 0])
+                busy = checkpoints is not None and checkpoints.busy
+                run.model.vote([wants_to_stop(run, stop, wall_time, checkpoints), busy])
                 run.model.backward(targets, micro_step, run.accumulation_steps)
             result = update(run, step, learning_rate, progress)
         seconds = time.perf_counter() - started
@@ -113,7 +119,10 @@ def take_steps(run: Run, output_dir: Path | None, logger: Logger, stop: StopRequ
         if run.telemetry and due(step + 1, config.log_gpu_every):  # llm.c counts steps from 1 here
             print(run.telemetry.line(), flush=True)
         wall_time.after_step()
-        if run.model.votes()[0] > 0 or (ranks.size == 1 and wants_to_stop(run, stop, wall_time, checkpoints)):
+        stops, busy_ones = run.model.votes()
+        if checkpoints:
+            checkpoints.after_step(busy_ones > 0)
+        if stops > 0 or (ranks.size == 1 and wants_to_stop(run, stop, wall_time, checkpoints)):
             stopped = True
             logger.flush()
             end_early(run, step + 1, stop, checkpoints)

@@ -126,10 +126,10 @@ class Soak:
         if len(run.done()) >= 2 and self.random.random() < 0.4:
             self.damage(run)
         good = self.good(run)
-        ranks, flags = run.ranks, ""
+        ranks, flags = run.ranks, f"--async-checkpoint {self.random.randrange(2)}"
         if run.name == "changing":
             ranks = self.random.choice([1, 2, 3])
-            flags = f"-b {6 // ranks} -z {self.random.randrange(4)}"
+            flags += f" -b {6 // ranks} -z {self.random.randrange(4)}"
             self.counts["other number of ranks"] += 1
         limit = None
         if not self.real_disk and self.random.random() < 0.2:
@@ -257,8 +257,8 @@ def run_has_marker(path: Path) -> bool:
 
 
 def steady(folder: Path, disk: Path, steps: int) -> tuple[list[int], list[int]]:
-    """Memory in KiB and open files of one process that writes a checkpoint every other step."""
-    run = Run("steady", folder, disk, "-b 2 -v 50 -nk 2", 1, steps, 2)
+    """Memory in KiB and open files of one process that writes a checkpoint every other step, by a thread."""
+    run = Run("steady", folder, disk, "-b 2 -v 50 -nk 2 --async-checkpoint 1", 1, steps, 2)
     started = run.start(run.output)
     (process,) = started.processes
     memory, descriptors = [], []

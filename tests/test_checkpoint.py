@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from llmc import binfile, snapshot
+from llmc import binfile
 from llmc.binfile import MAGIC_STATE, header_bytes
 from llmc.checkpoint import Checkpoint, find, mark_done, move_aside, prune
+from llmc.checkpoint_copies import copy_buffers
+from llmc.checkpoint_writer import CheckpointWriter
+from llmc.config import TrainConfig
 from llmc.data.loader import LoaderState
 from llmc.errors import RunError
 from llmc.model_file import ModelShape, read_model_header, read_model_step
@@ -159,14 +162,15 @@ def test_damaged_ones_do_not_count(tmp_path):
 
 
 def test_the_marker_is_deleted_first(tmp_path, monkeypatch):
-    """llm.c, which looks at nothing else, must not resume from a half-deleted checkpoint either."""
+    """llm.c, which looks at nothing else, must not resume from a half-deleted checkpoint, nor after a power cut."""
     make(tmp_path, 10, ranks=3)
     make(tmp_path, 20)
-    deleted = []
-    monkeypatch.setattr("pathlib.Path.unlink", lambda self, missing_ok: deleted.append(self.name))
+    done = []
+    monkeypatch.setattr("pathlib.Path.unlink", lambda self, missing_ok=False: done.append(self.name))
+    monkeypatch.setattr("llmc.checkpoint.sync_directory", lambda directory: done.append("on the disk"))
     prune(tmp_path, 20, 1, 0)
     states = [f"state_00000010_{rank:05d}.bin" for rank in range(3)]
-    assert deleted == ["DONE_00000010", "model_00000010.bin", *states]
+    assert done == ["DONE_00000010", "on the disk", "model_00000010.bin", *states]
 
 
 @pytest.mark.parametrize("deletions", range(9))
@@ -176,7 +180,7 @@ def test_a_failure_between_deletions(tmp_path, monkeypatch, deletions):
     make(tmp_path, 20, 30)
     unlink, calls = Path.unlink, itertools.count()
 
-    def failing(self, missing_ok):
+    def failing(self, missing_ok=False):
         if next(calls) == deletions:
             raise PermissionError(13, "Permission denied", str(self))
         unlink(self, missing_ok)
@@ -259,7 +263,7 @@ SHAPE = ModelShape(max_seq_len=4, vocab_size=5, padded_vocab_size=128, num_layer
 class Model:
     """Of a bf16 run at stage 0; its values tell the step."""
 
-    options = SimpleNamespace(master_weights=True, zero_stage=0)
+    options = SimpleNamespace(master_weights=True, zero_stage=0, precision="bf16", device="cpu")
 
     def __init__(self, step):
         self.step, self.rng_state, self.last_update_rng_state = step, step + 1, step + 2
@@ -269,11 +273,15 @@ class Model:
 
     def gather_parameters(self, unit):
         names = [("wte", "wpe"), ("h0.",), ("lnf",)][unit]
-        return {n: torch.full(size, float(self.step)) for n, size in SHAPE.parameters() if n.startswith(names)}
+        sizes = [(n, size) for n, size in SHAPE.parameters() if n.startswith(names)]
+        return {n: torch.full(size, float(self.step), dtype=torch.bfloat16) for n, size in sizes}
 
     def optimizer_state(self, name):
         value = self.step + ["m", "v", "master"].index(name)
         return {p: torch.full(size, float(value)) for p, size in SHAPE.parameters()}
+
+    def host_memory(self, n, dtype):
+        return torch.zeros(n, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
 class Loader:
@@ -281,28 +289,46 @@ class Loader:
         return LoaderState(True, 0, 1, np.arange(2), np.arange(3), np.arange(624, dtype=np.uint32), 5)
 
 
-def save(directory, step, size=1):
+def save(directory, step, size=1, in_background=False):
     """As a run with -nk 1 does; of several ranks one after the other, rank 0 between what the others agree on."""
-    outliers = OutlierDetector([step / 3]), OutlierDetector([step / 7])
+
+    def save_on(ranks):
+        config = TrainConfig(checkpoint_every=10, keep_checkpoints=1, async_checkpoint=in_background)
+        model = Model(step)
+        run = SimpleNamespace(
+            config=config,
+            ranks=ranks,
+            shape=SHAPE,
+            precision="bf16",
+            model=model,
+            buffers=copy_buffers(SHAPE, model.options, size, ranks.rank, []),
+            train_loader=Loader(),
+            loss_outliers=OutlierDetector([step / 3]),
+            norm_outliers=OutlierDetector([step / 7]),
+            resumed=None,
+            passed_over=[],
+        )
+        writer = CheckpointWriter(run, directory)
+        writer.write(step)
+        assert writer.busy <= in_background
+        writer.finish()
 
     class InTurn(Ranks):
         def gather(self, value, what):
             if self.rank == 0 and what == f"the checkpoint of step {step}":
                 for rank in range(1, size):
-                    assert snapshot.save(*arguments, OneOf(rank, size), read_back=True) == ""
+                    save_on(OneOf(rank, size))
             return [value]
 
     class OneOf(Ranks):
         def gather(self, value, what):
             return [value]
 
-    arguments = Checkpoint(directory, step), SHAPE, "bf16", Model(step), Loader(), *outliers
     with contextlib.redirect_stdout(None):
-        assert snapshot.save(*arguments, InTurn(0, size), read_back=True) == ""
-    prune(directory, step, 1, 0)
+        save_on(InTurn(0, size))
 
 
-def save_and_die(directory, step, size, fatal):
+def save_and_die(directory, step, size, in_background, fatal):
     """SIGKILL in place of the call number `fatal` of those that change files; ends the process in any case."""
     calls = itertools.count(1)
 
@@ -321,7 +347,7 @@ def save_and_die(directory, step, size, fatal):
     for owner, name in ((os, "open"), (os, "fsync"), (os, "replace"), (Path, "touch"), (Path, "unlink")):
         setattr(owner, name, counted(getattr(owner, name)))
     try:
-        save(directory, step, size)
+        save(directory, step, size, in_background)
         os._exit(0)
     finally:
         os._exit(1)
@@ -333,8 +359,9 @@ def contents(checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where earlier tests left threads
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize(("before", "size"), [(1, 1), (3, 3), (3, 2)])
-def test_kill_at_any_step_of_a_save(tmp_path, before, size):
+def test_kill_at_any_step_of_a_save(tmp_path, before, size, in_background):
     """kill -9 in place of every single write, flush, rename and deletion: the old checkpoint or the new is whole.
 
     With several ranks, also of what is left of an attempt by more ranks to write the same step.
@@ -355,7 +382,7 @@ def test_kill_at_any_step_of_a_save(tmp_path, before, size):
         # A plain fork: it takes milliseconds, and tensors this small start no threads.
         child = os.fork()
         if child == 0:
-            save_and_die(directory, 20, size, fatal)
+            save_and_die(directory, 20, size, in_background, fatal)
         _, status = os.waitpid(child, 0)
         found = newest(directory)
         assert contents(found) == expected[found.step]

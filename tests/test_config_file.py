@@ -58,6 +58,7 @@ CHANGED = TrainConfig(
     checkpoint_every=5,
     keep_checkpoints=3,
     major_every=100,
+    async_checkpoint=True,
     resume=True,
     batch_size=7,
     seq_len=333,

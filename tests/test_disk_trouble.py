@@ -18,6 +18,7 @@ from training_data import write_data
 
 import llmc.train
 from llmc import snapshot
+from llmc.checkpoint_writer import CheckpointWriter
 from llmc.checksum import verify
 from llmc.cli.train import _main as command
 from llmc.command_line import parse_args
@@ -49,8 +50,14 @@ def small_disk(directory):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def train(flags, output):
-    command([*BASE.split(), *flags.split(), "-o", str(output)])
+IN_BACKGROUND = ["", "--async-checkpoint 1"]
+
+
+@pytest.fixture(params=IN_BACKGROUND)
+def train(request, monkeypatch):
+    """Checkpoints written by the run itself, or by a thread, for which each step waits: what happens when is known."""
+    monkeypatch.setattr(CheckpointWriter, "after_step", lambda self, busy: self.complete())
+    return lambda flags, output: command([*BASE.split(), *request.param.split(), *flags.split(), "-o", str(output)])
 
 
 def steps(output):
@@ -76,7 +83,7 @@ def full(name):
     return f"cannot write {name}: No space left on device"
 
 
-def test_a_full_disk(small_disk, after_step, capsys):
+def test_a_full_disk(small_disk, after_step, capsys, train):
     train("-x 20", "straight")
     capsys.readouterr()
     output = small_disk / "out"
@@ -100,7 +107,7 @@ def test_a_full_disk(small_disk, after_step, capsys):
         assert (output / name).read_bytes() == (Path("straight") / name).read_bytes()
 
 
-def test_a_disk_that_becomes_read_only(small_disk, after_step, capsys):
+def test_a_disk_that_becomes_read_only(small_disk, after_step, capsys, train):
     output = small_disk / "out"
 
     def cover():  # a mount of its own: the one below has a file open, which is locked
@@ -119,7 +126,7 @@ def test_a_disk_that_becomes_read_only(small_disk, after_step, capsys):
     assert len(log(output).splitlines()) == 15 + 4
 
 
-def test_a_directory_that_vanishes(directory, after_step, capsys):
+def test_a_directory_that_vanishes(directory, after_step, capsys, train):
     output = directory / "out"
     after_step[7] = lambda: output.rename(directory / "elsewhere")
     after_step[12] = lambda: (directory / "elsewhere").rename(output)
@@ -144,7 +151,7 @@ def limited(size):
 
 
 @pytest.mark.parametrize(("size", "file"), [(100_000, "model_00000010.bin"), (300_000, "state_00000010_00000.bin")])
-def test_a_quota(directory, after_step, capsys, size, file):
+def test_a_quota(directory, after_step, capsys, size, file, train):
     """Of which the model or the state is too much."""
     limit = contextlib.ExitStack()
     after_step[7] = lambda: limit.enter_context(limited(size))
@@ -154,7 +161,7 @@ def test_a_quota(directory, after_step, capsys, size, file):
     assert steps(directory / "out") == [15]
 
 
-def test_the_stale_marker_of_an_earlier_write_goes(directory, capsys):
+def test_the_stale_marker_of_an_earlier_write_goes(directory, capsys, train):
     """What is written over a damaged checkpoint and fails is not to be taken for one, neither by llm.c."""
     train("-x 10", "out")
     raw = bytearray((directory / "out" / "model_00000010.bin").read_bytes())
@@ -175,7 +182,7 @@ def test_stdout_on_a_full_disk(directory):
 
 
 @pytest.mark.parametrize("kind", ["model", "state"])
-def test_a_disk_that_lies(directory, monkeypatch, capsys, kind):
+def test_a_disk_that_lies(directory, monkeypatch, capsys, kind, train):
     """It says that the data are written, but they are not: what -nk would have deleted stays; the run tries again."""
 
     def damage_and_verify(path, past_cache):
@@ -195,7 +202,7 @@ def test_a_disk_that_lies(directory, monkeypatch, capsys, kind):
     assert steps(directory / "out") == [10]
 
 
-def test_a_deletion_that_fails(directory, monkeypatch, capsys):
+def test_a_deletion_that_fails(directory, monkeypatch, capsys, train):
     """Of an old checkpoint: the run goes on, and deletes it the next time."""
     unlink, refuse = Path.unlink, {"DONE_00000005"}
 
@@ -216,7 +223,7 @@ def test_a_deletion_that_fails(directory, monkeypatch, capsys):
 # Several ranks
 
 
-def train_rank(ranks, directory, victim, stage):
+def train_rank(ranks, directory, victim, stage, flags):
     """Of a quota that rank `victim` has from step 7 to 12 on; what this rank printed."""
     os.chdir(directory)
     limit, update = contextlib.ExitStack(), llmc.train.update
@@ -229,16 +236,19 @@ def train_rank(ranks, directory, victim, stage):
         return update(run, step, *arguments)
 
     llmc.train.update = counted
+    CheckpointWriter.after_step = lambda self, busy: self.complete()
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        llmc.train.train(parse_args(f"{BASE} -x 15 -nk 1 -z {stage} -o out{stage}{victim}".split()).config, ranks)
+        flags = f"{BASE} -x 15 -nk 1 -z {stage} -o out{stage}{victim} {flags}"
+        llmc.train.train(parse_args(flags.split()).config, ranks)
     return out.getvalue()
 
 
+@pytest.mark.parametrize("flags", IN_BACKGROUND)
 @pytest.mark.parametrize(("victim", "stage", "file"), [(0, 3, "model_00000010"), (1, 1, "state_00000010_00001")])
-def test_one_rank_cannot_write(directory, victim, stage, file):
+def test_one_rank_cannot_write(directory, victim, stage, file, flags):
     """All go on together; rank 0 says what it was. At stage 3 the others need rank 0 while the model is gathered."""
-    printed = run_ranks(2, train_rank, directory, victim, stage)
+    printed = run_ranks(2, train_rank, directory, victim, stage, flags)
     output = Path(f"out{stage}{victim}")
     (line,) = re.findall(r"^WARNING: there is .*$", printed[0], re.M)
     assert line == f"WARNING: there is no checkpoint of step 10: cannot write {output}/{file}.bin: File too large"

@@ -59,7 +59,7 @@ class Report:
         self.totals = {name: int(size) for name, size, _ in found}
         for _, size, mib in found:
             assert float(mib) == pytest.approx(int(size) / MIB, abs=0.051)  # one decimal
-        self.fits = re.search(r"^total: .*: (fits|does not fit)$", text, re.MULTILINE)[1] == "fits"
+        self.fits = re.search(r"^total.*: (fits|does not fit)$", text, re.MULTILINE)[1] == "fits"
         matches = [match for match in map(TABLE_LINE.fullmatch, lines) if match]
         self.largest = {
             (int(m["stage"]), int(m["recompute"])): 0 if m["largest"] == "none" else int(m["largest"]) for m in matches
@@ -173,6 +173,34 @@ def test_the_listed_sizes_add_up(dry_run, flags, sizes, options):
     for lifetime in LIFETIMES:
         assert 0 <= report.totals[lifetime] - sums[lifetime] < ALIGNMENT * buffers[lifetime]
     assert report.totals["total"] == sum(report.totals[lifetime] for lifetime in LIFETIMES)
+
+
+COPIES = [  # flags, bytes of the copies by hand: of N parameters, or of the slices of a unit
+    ("", lambda N, n: {"m": 4 * N, "v": 4 * N, "master": 4 * N}),  # which are the model file's, too
+    ("--precision bf16", lambda N, n: {"m": 4 * N, "v": 4 * N, "master": 4 * N, "parameters": 2 * N}),
+    ("--precision bf16 -w 0", lambda N, n: {"m": 4 * N, "v": 4 * N, "parameters": 2 * N}),
+    ("-z 2", lambda N, n: {"m": 4 * N, "v": 4 * N, "master": 4 * N}),  # of one process
+    ("-z 2 -pn 3", lambda N, n: {"m": 4 * n, "v": 4 * n, "master": 4 * n, "parameters": 4 * N}),
+]
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize(("flags", "expected"), COPIES)
+def test_copies_for_checkpoints(dry_run, flags, expected, where):
+    """Of a process that also writes the model; in host memory, which is a CPU's own."""
+    flags = f"{SMALL} -b 2 -t 8 {flags} -n 5 --device {where} --memory 1"
+    flags = flags if "bf16" in flags else f"{flags} --precision fp32"
+    without, report = dry_run(flags), dry_run(f"{flags} --async-checkpoint 1")
+    N = int(re.search(r"(\d+) parameters", report.text)[1])
+    n = sum(-(-size // (128 * 3)) * 128 for _, size, _ in _C.parameter_units(_C.GPT2Config(**SIZES), 3))
+    lifetime = "checkpoint" if where == "cpu" else "host"
+    expected = {("copy_of_" + name, lifetime): size for name, size in expected(N, n).items()}
+    assert {(row.name, row.lifetime): row.bytes for row in report.rows[len(without.rows) :]} == expected
+    padding = report.totals[lifetime] - sum(expected.values())
+    assert 0 <= padding < ALIGNMENT * len(expected)
+    total = re.compile(r"^total.*: (\d+) bytes", re.M)
+    needed = [int(total.search(each.text)[1]) for each in (without, report)]
+    assert needed[1] - needed[0] == (report.totals["checkpoint"] if where == "cpu" else 0)
 
 
 def fits(gib, B, T, world_size, stage, recompute, **options):

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ranks_testing import run_ranks
 from training_data import write_shard, write_tokenizer
 
 import llmc.train
+from llmc import snapshot
 from llmc.command_line import parse_args
 from llmc.data.loader import DataLoader
 from llmc.errors import RunError
@@ -209,13 +211,24 @@ def test_skips_that_are_not_in_a_row_do_not_end_a_run():
     assert steps(printed) == list(range(1, 31))
 
 
-@pytest.mark.parametrize("flags", ["", "-sl 5 -sg 5", "--precision bf16", "--precision bf16 -w 0"])
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """With --async-checkpoint 1 many steps, and the bad one, come before a checkpoint is written."""
+    write = snapshot.write
+    monkeypatch.setattr(snapshot, "write", lambda *arguments: (time.sleep(0.3), write(*arguments))[1])
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "-sl 5 -sg 5", "--precision bf16", "--precision bf16 -w 0", "--async-checkpoint 1"]
+)
+@pytest.mark.usefixtures("slow_disk")
 def test_rollback_is_a_resumed_run_without_the_data(flags):
     """From step 8, the bad one, to the checkpoint of step 5, and on with the ninth batch."""
     path, _, token = mark_batch(BAD_STEP)
     printed, error = train(f"{flags} -n 5 -o back --on-nan rollback", poisoned())
     assert error == ""
     cause = f"the gradient norm is nan at step 8: activation h1.qkv is not finite at token {token} of {path}"
+    printed = printed.replace("the checkpoint of step 5 is complete\n", "")
     assert f"\n{cause}\ngoing back to the checkpoint of step 5, and on with the data behind step 8\n" in printed
     assert steps(printed) == [1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11, 12]
     assert printed.count("Writing checkpoint at step 5\n") == 1
@@ -237,6 +250,15 @@ def test_rollback_again_and_again():
         rf"the run has gone back to step 5 3 times: {ADVICE}",
         error,
     )
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_a_checkpoint_that_is_being_written_when_the_run_stops():
+    mark_batch(BAD_STEP)
+    printed, error = train("-n 5 --async-checkpoint 1", poisoned())
+    assert error.startswith("the gradient norm is nan at step 8: ")
+    assert printed.endswith("the checkpoint of step 5 is complete\n") and "\nstep    7/12" in printed
+    assert Path("out/DONE_00000005").exists()
 
 
 def test_rollback_needs_a_checkpoint():

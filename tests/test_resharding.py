@@ -3,6 +3,7 @@
 import itertools
 import math
 import struct
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from ranks_testing import run_ranks
 
 from llmc import _C, snapshot
 from llmc.checkpoint import Checkpoint
+from llmc.checkpoint_copies import copy_buffers
+from llmc.checkpoint_writer import CheckpointWriter
 from llmc.config import TrainConfig
 from llmc.data.loader import LoaderState
 from llmc.errors import RunError
@@ -205,14 +208,41 @@ def collect(model: "_C.GPT2", ranks: Ranks) -> dict[str, dict[str, tuple[int, np
     return result
 
 
-def save_on(ranks: Ranks, directory, stage: int, precision: str, master_weights: bool = True):
+def save_on(ranks: Ranks, directory, stage: int, precision: str, master_weights=True, in_background=False):
     model = build(ranks, stage, precision, master_weights)
     fill(model, ranks)
-    loader = SimpleNamespace(state=lambda: LOADER)
-    outliers = OutlierDetector([1.0]), OutlierDetector([2.0])
-    arguments = Checkpoint(directory, 20), SHAPE, precision, model, loader, *outliers, ranks
-    assert snapshot.save(*arguments, read_back=True) == ""
-    return collect(model, ranks)
+    run = SimpleNamespace(
+        config=TrainConfig(checkpoint_every=10, keep_checkpoints=1, async_checkpoint=in_background),
+        ranks=ranks,
+        shape=SHAPE,
+        precision=precision,
+        model=model,
+        buffers=copy_buffers(SHAPE, model.options, ranks.size, ranks.rank, []),
+        train_loader=SimpleNamespace(state=lambda: LOADER),
+        loss_outliers=OutlierDetector([1.0]),
+        norm_outliers=OutlierDetector([2.0]),
+        resumed=None,
+        passed_over=[],
+    )
+    result = collect(model, ranks)
+    spoiled, write = threading.Event(), snapshot.write
+    if in_background:
+        snapshot.write = lambda *arguments: (spoiled.wait(), write(*arguments))[1]
+    writer = CheckpointWriter(run, directory)
+    writer.write(20)
+    assert writer.busy == in_background
+    spoil(model, precision == "bf16" and master_weights)
+    spoiled.set()
+    writer.finish()
+    return result
+
+
+def spoil(model: "_C.GPT2", has_master: bool) -> None:
+    """What the steps that follow would do to it."""
+    for tensors in (model.parameters(), *map(model.optimizer_state, ["m", "v", *["master"] * has_master])):
+        for tensor in tensors.values():
+            tensor.fill_(-1)
+    model.rng_state = model.last_update_rng_state = 0
 
 
 def restore_on(ranks: Ranks, directory, stage: int, precision: str, master_weights: bool = True):
@@ -260,11 +290,12 @@ def test_any_ranks_and_stage_to_any_other(tmp_path, precision: str) -> None:
         assert all(np.array_equal(tensor, parameters[name]) for name, tensor in whole(found, "parameters").items())
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (3, 2), (2, 3)])
-def test_files_of_every_stage(tmp_path, ranks: int, stage: int, precision: str) -> None:
+def test_files_of_every_stage(tmp_path, ranks: int, stage: int, precision: str, in_background: bool) -> None:
     """Byte by byte: arrays, model file; then back into two ranks of stage 3."""
-    saved = run_ranks(ranks, save_on, tmp_path, stage, precision)
+    saved = run_ranks(ranks, save_on, tmp_path, stage, precision, True, in_background)
     checkpoint = Checkpoint(tmp_path, 20)
     assert checkpoint.complete and checkpoint.world_size == ranks
     for rank in range(ranks):
@@ -283,8 +314,9 @@ def test_files_of_every_stage(tmp_path, ranks: int, stage: int, precision: str) 
     check_whole(found)
 
 
-def test_without_master_weights(tmp_path) -> None:
-    saved = run_ranks(2, save_on, tmp_path, 3, "bf16", False)
+@pytest.mark.parametrize("in_background", [False, True])
+def test_without_master_weights(tmp_path, in_background: bool) -> None:
+    saved = run_ranks(2, save_on, tmp_path, 3, "bf16", False, in_background)
     found = run_ranks(3, restore_on, tmp_path, 3, "bf16", False)
     check_whole(found, ("m", "v"))
     parameters = whole(saved, "parameters")

@@ -117,8 +117,11 @@ def test_kill_at_random_moments(directory, mode, children, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = f"{MODES[mode]} -x 400 -n 2 -nk 2 -nm 100"
 
+    generator = random.Random(mode)
+
     def start(output):
-        child = children.Process(target=run_in_child, args=(f"{flags} -y 1", output))
+        in_background = f"--async-checkpoint {generator.randrange(2)}"
+        child = children.Process(target=run_in_child, args=(f"{flags} {in_background} -y 1", output))
         started = time.monotonic()
         child.start()
         return child, started
@@ -128,7 +131,6 @@ def test_kill_at_random_moments(directory, mode, children, monkeypatch):
     assert child.exitcode == 0
     whole = time.monotonic() - started
 
-    generator = random.Random(mode)
     kills = 0
     while kills < 20:
         child, started = start("killed")

@@ -136,6 +136,18 @@ def test_a_model_larger_than_the_device():
     assert re.match(r"llmc-train: error: the run needs \d+ MiB of memory, .* has \d+ MiB free: lower", result.stderr)
 
 
+@pytest.mark.parametrize("flags", ["", "--offload-optimizer 1", "--precision fp32"])
+def test_checkpoints_from_pinned_memory(directory, flags):
+    """Written by a thread: the files are those of a run that waits for them."""
+    train(f"{flags} -x 6 -n 2 -nk 2 -o waits")
+    output = train(
+        f"{flags} -x 6 -n 2 -nk 2 -o goes_on --async-checkpoint 1", CUDASIM_LAZY="1", CUDASIM_VARIANT="checked"
+    )
+    assert output.count("is complete") == 3
+    for path in (directory / "waits").glob("[msD]*"):
+        assert path.read_bytes() == (directory / "goes_on" / path.name).read_bytes(), path.name
+
+
 def test_an_offloaded_optimizer_changes_nothing(directory):
     """Nor on both sides of a checkpoint."""
     flags = "--precision bf16 -n 3"

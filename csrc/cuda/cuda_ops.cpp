@@ -100,7 +100,8 @@ void* CudaOps::allocate_host(size_t bytes) {
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // it was handled
     LLMC_CHECK(false,
-               "this machine gives a GPU no %zu MiB of its memory: keep the optimizer on the GPU, or use more GPUs",
+               "this machine gives a GPU no %zu MiB of its memory: drop --offload-optimizer 1 or --async-checkpoint 1, "
+               "or use more GPUs",
                bytes >> 20);
   }
   LLMC_CUDA_CHECK(status);
