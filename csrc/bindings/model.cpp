@@ -48,10 +48,9 @@ at::Tensor host_memory(const Model& model, int64_t n, const std::string& dtype) 
   const OnDevice on_device(model->ops());
   const bool pinned = model->options().device.cuda;
   const size_t bytes = size_t(memory.bytes());
-  const std::shared_ptr<void> owner(pinned ? model->ops().allocate_host(bytes) : model->ops().allocate(bytes),
-                                    [model, pinned](void* data) {
-                                      pinned ? model->ops().free_host(data) : model->ops().free(data);
-                                    });
+  const std::shared_ptr<void> owner(
+      pinned ? model->ops().allocate_host(bytes) : model->ops().allocate(bytes),
+      [model, pinned](void* data) { pinned ? model->ops().free_host(data) : model->ops().free(data); });
   return view_of_memory(owner, Device{}, make_tensor(owner.get(), memory.dtype, n), {n});
 }
 
@@ -344,8 +343,9 @@ void register_model(py::module_& module) {
           [](const Model& self, const std::string& name) { return torch_view(self, name, self->buffer(name)); },
           "name"_a, "View of any buffer of the plan, for example the activation h0.atty (B,T,C).")
       .def("memory", &memory, "Bytes of the plan by lifetime; each lifetime is allocated when it is first needed.")
-      .def("host_memory", &host_memory, no_gil, "n"_a, "dtype"_a,
-           "n values of the host's memory, zeroed and the caller's; a GPU copies from and to it at full speed (pinned).")
+      .def(
+          "host_memory", &host_memory, no_gil, "n"_a, "dtype"_a,
+          "n values of the host's memory, zeroed and the caller's; a GPU copies from and to it at full speed (pinned).")
       .def("operation_times", &operation_times,
            "Of a model made with timed=True, what its operations took since the last call: by name, and of products "
            "shape m x n x k, a tuple (calls, seconds, flops, bytes); see csrc/ops/timed_ops.h.")
