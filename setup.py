@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_VERSION = torch.__version__.split("+")[0]
 CUDA = os.environ.get("LLMC_CUDA", "AUTO")
+CUDNN = os.environ.get("LLMC_CUDNN", "OFF")
 
 
 class CMakeBuild(build_ext):
@@ -27,7 +28,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or max(1, min(os.cpu_count() or 1, 3 * memory // 2**32))
         # Ninja is named each time: CMake would remember that of an isolated build environment, which is gone.
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
-        options.append(f"-DLLMC_CUDA={CUDA}")
+        options += [f"-DLLMC_CUDA={CUDA}", f"-DLLMC_CUDNN={CUDNN}"]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build, "-j", str(jobs)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
@@ -53,5 +54,6 @@ setup(
         "tomli; python_version < '3.11'",
         # What the extension is linked with then; a torch with CUDA has it too.
         *(["nvidia-cublas>=13,<14", "nvidia-nccl-cu13>=2.29"] if CUDA == "ON" else []),
+        *(["nvidia-cudnn-cu13>=9.18,<10"] if CUDNN == "ON" else []),
     ],
 )

@@ -4,9 +4,11 @@
 #   LLMC_CUDA          cache variable: AUTO builds the backend if all it needs is there, ON fails with one sentence if
 #                      something is missing, OFF never builds it
 #   LLMC_HAVE_CUDA     whether it is built
+#   LLMC_CUDNN         cache variable: ON also builds the attention through cuDNN, and fails with one sentence if something
+#                      is missing; OFF, the default, does not look for it
 #   CUDA_HEADERS       include folders of cudart, CCCL, NVTX, cuBLASLt and NCCL, to be used as SYSTEM ones. Found
 #                      without nvcc too; empty if a header is missing
-#   CUDA_RPATHS        the folders of cuBLASLt and NCCL at run time
+#   CUDA_RPATHS        the folders of cuBLASLt, NCCL and cuDNN at run time
 #   add_cuda_backend(TARGET)  adds csrc/cuda and NCCL to a library; without CUDA, the files that say so
 #
 # NVIDIA's wheels (scripts/cuda_wheels.txt) lie in site-packages/nvidia; their shared libraries have versioned names
@@ -16,6 +18,12 @@ set(LLMC_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
 set_property(CACHE LLMC_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT LLMC_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "LLMC_CUDA is '${LLMC_CUDA}', it must be AUTO, ON or OFF")
+endif()
+
+set(LLMC_CUDNN OFF CACHE STRING "Build the attention through cuDNN: ON or OFF")
+set_property(CACHE LLMC_CUDNN PROPERTY STRINGS ON OFF)
+if(NOT LLMC_CUDNN MATCHES "^(ON|OFF)$")
+  message(FATAL_ERROR "LLMC_CUDNN is '${LLMC_CUDNN}', it must be ON or OFF")
 endif()
 
 # The wheels of the environment we build for. Those of an isolated build environment count only if torch is still to be
@@ -96,6 +104,40 @@ find_cuda_library(CUDART_STATIC libcudart_static.a ${CUDA_TOOLKIT} ${CUDA_WHEELS
 find_cuda_library(CUBLASLT libcublasLt.so.13 ${CUDA_WHEELS} ${CUDA_TOOLKIT})
 find_cuda_library(NCCL libnccl.so.2 ${CUDA_WHEELS} ${CUDA_TOOLKIT})
 
+# cuDNN and the C++ headers of its frontend, whose wheel puts them into site-packages/include. Older ones of cuDNN have no
+# deterministic backward pass on Blackwell; newer frontends also need NVRTC to be compiled.
+set(CUDNN_VERSION 9.18)
+set(CUDNN_FRONTEND_VERSION 1.18)
+function(read_version variable file prefix) # 9.20 of the macros PREFIX_MAJOR(_VERSION) and PREFIX_MINOR(_VERSION)
+  file(STRINGS ${file} lines REGEX "^#define ${prefix}_M(AJOR|INOR)(_VERSION)? [0-9]+")
+  string(REGEX REPLACE ".*MAJOR[A-Z_]* ([0-9]+).*MINOR[A-Z_]* ([0-9]+).*" "\\1.\\2" version "${lines}")
+  set(${variable} "${version}" PARENT_SCOPE)
+endfunction()
+set(CUDNN_MISSING "")
+if(LLMC_CUDNN)
+  find_path(CUDNN_INCLUDE cudnn_version.h NO_CACHE HINTS ${CUDA_WHEELS} ${CUDA_TOOLKIT}
+            PATH_SUFFIXES cudnn/include include)
+  find_library(CUDNN libcudnn.so.9 NO_CACHE HINTS ${CUDA_WHEELS} ${CUDA_TOOLKIT} PATH_SUFFIXES cudnn/lib lib64 lib)
+  find_path(CUDNN_FRONTEND cudnn_frontend_version.h NO_CACHE HINTS "${SITE_PACKAGES}" PATH_SUFFIXES include)
+  if(CUDNN_INCLUDE)
+    read_version(version_found "${CUDNN_INCLUDE}/cudnn_version.h" CUDNN)
+  endif()
+  if(NOT CUDNN_INCLUDE OR NOT CUDNN)
+    list(APPEND CUDNN_MISSING "cuDNN ${CUDNN_VERSION} or newer, of version 9")
+  elseif(NOT version_found MATCHES "^9\\." OR version_found VERSION_LESS CUDNN_VERSION)
+    list(APPEND CUDNN_MISSING "cuDNN ${CUDNN_VERSION} or newer, of version 9 (${CUDNN_INCLUDE} has ${version_found})")
+  endif()
+  if(CUDNN_FRONTEND)
+    read_version(version_found "${CUDNN_FRONTEND}/cudnn_frontend_version.h" CUDNN_FRONTEND)
+  endif()
+  if(NOT CUDNN_FRONTEND)
+    list(APPEND CUDNN_MISSING "cudnn_frontend.h of version ${CUDNN_FRONTEND_VERSION}")
+  elseif(NOT version_found STREQUAL CUDNN_FRONTEND_VERSION)
+    list(APPEND CUDNN_MISSING
+         "cudnn_frontend.h of version ${CUDNN_FRONTEND_VERSION} (${CUDNN_FRONTEND} has ${version_found})")
+  endif()
+endif()
+
 # --- the decision -----------------------------------------------------------------------------------------------------
 list(JOIN CUDA_MISSING ", " missing)
 set(LLMC_HAVE_CUDA OFF)
@@ -111,15 +153,33 @@ else()
                       "This brings all it needs: pip install -r scripts/cuda_wheels.txt")
 endif()
 
+if(LLMC_CUDNN)
+  if(NOT LLMC_HAVE_CUDA)
+    message(FATAL_ERROR "LLMC_CUDNN=ON needs the CUDA backend: LLMC_CUDA=ON says what is missing for that")
+  endif()
+  list(JOIN CUDNN_MISSING ", " missing)
+  if(CUDNN_MISSING)
+    message(FATAL_ERROR "LLMC_CUDNN=ON, but attention through cuDNN cannot be built without: ${missing}. "
+                        "This brings all it needs: pip install -r scripts/cudnn_wheels.txt")
+  endif()
+  message(STATUS "Attention through cuDNN: yes, ${CUDNN}, ${CUDNN_FRONTEND}")
+else()
+  set(CUDNN "")
+endif()
+
 if(LLMC_HAVE_CUDA)
   # Where the libraries will be: beside the installed package, in the environment of an editable one, or in a toolkit.
   set(CUDA_RPATHS "")
-  foreach(wheel cu13 nccl)
+  set(wheels cu13 nccl)
+  if(LLMC_CUDNN)
+    list(APPEND wheels cudnn)
+  endif()
+  foreach(wheel ${wheels})
     list(APPEND CUDA_RPATHS "$ORIGIN/../nvidia/${wheel}/lib" "${SITE_PACKAGES}/nvidia/${wheel}/lib")
   endforeach()
-  foreach(library ${CUBLASLT} ${NCCL})
+  foreach(library ${CUBLASLT} ${NCCL} ${CUDNN})
     get_filename_component(folder ${library} DIRECTORY)
-    if(NOT folder MATCHES "/nvidia/(cu13|nccl)/lib$")
+    if(NOT folder MATCHES "/nvidia/(cu13|nccl|cudnn)/lib$")
       list(APPEND CUDA_RPATHS ${folder})
     endif()
   endforeach()
@@ -141,12 +201,22 @@ function(add_cuda_backend target)
   endif()
   file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
   list(FILTER sources EXCLUDE REGEX "/no_cuda\\.cpp$")
+  if(LLMC_CUDNN)
+    list(FILTER sources EXCLUDE REGEX "/no_cudnn\\.cpp$")
+  else()
+    list(FILTER sources EXCLUDE REGEX "/cudnn_[a-z]+\\.cpp$")
+  endif()
   add_library(llmc_cuda OBJECT ${sources} csrc/comm/nccl.cpp)
   target_compile_features(llmc_cuda PRIVATE cxx_std_17 cuda_std_17)
   target_include_directories(llmc_cuda PRIVATE csrc)
   target_include_directories(llmc_cuda SYSTEM PRIVATE ${CUDA_HEADERS})
+  if(LLMC_CUDNN)
+    target_include_directories(llmc_cuda SYSTEM PRIVATE ${CUDNN_INCLUDE} ${CUDNN_FRONTEND})
+    # The frontend is a minute's work for the optimizer, and runs on the host only.
+    set_source_files_properties(csrc/cuda/cudnn_attention.cpp csrc/cuda/cudnn_graph.cpp PROPERTIES COMPILE_OPTIONS -O1)
+  endif()
   # A kernel that spills registers compiles with a warning; with CUDAFLAGS="-Werror all-warnings" not at all.
   target_compile_options(llmc_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:llmc_cuda>)
-  target_link_libraries(${target} PUBLIC ${CUBLASLT} ${NCCL})
+  target_link_libraries(${target} PUBLIC ${CUBLASLT} ${NCCL} ${CUDNN})
 endfunction()

@@ -74,6 +74,7 @@ class Options:
         tf32: bool = True,
         offload_optimizer: bool = False,
         offload_piece: int = 0,
+        cudnn_attention: bool = False,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -101,6 +102,8 @@ class Options:
     def offload_optimizer(self) -> bool: ...
     @property
     def offload_piece(self) -> int: ...
+    @property
+    def cudnn_attention(self) -> bool: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1

@@ -97,6 +97,13 @@ def core_options(
 
     if config.offload_optimizer and not device.is_cuda:
         raise UsageError("--offload-optimizer 1 has no effect on a CPU, whose memory is the host's: drop it")
+    cudnn = config.attention == "cudnn"
+    if cudnn and not device.is_cuda:
+        raise UsageError("--attention cudnn needs a GPU, this run is on a CPU: drop it")
+    if cudnn and precision != "bf16":
+        raise UsageError(f"--attention cudnn needs --precision bf16, this run is in {precision}: use --attention flash")
+    if cudnn and config.seq_len == 1:
+        raise UsageError("--attention cudnn needs -t 2 or more, -t is 1: use --attention flash")
     return _C.Options(
         batch_size=config.batch_size if batch_size is None else batch_size,
         seq_len=config.seq_len,
@@ -109,6 +116,7 @@ def core_options(
         device=device.core_name,
         tf32=config.tf32,
         offload_optimizer=config.offload_optimizer,
+        cudnn_attention=cudnn,
     )
 
 

@@ -165,6 +165,13 @@ class TrainConfig:
     gelu_fusion: int = flag(
         "-ge", -1, "numerics", one_of(-1, 0, 1, 2), "GELU inside the products: 0 no, 1 forward, 2 both ways; -1: best"
     )
+    attention: str = flag(
+        "",
+        "flash",
+        "numerics",
+        one_of("flash", "cudnn"),
+        "attention by our own flash kernels, or in bf16 on a GPU by cuDNN: a build with LLMC_CUDNN=ON",
+    )
     recompute: int = flag(
         "-r",
         1,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmc import _C
 
 Operation = Literal["all_reduce", "reduce_scatter", "all_gather"]
-CUBLAS, MEMSET = "cuBLASLt", "memset"  # what stands for the name of a kernel
+CUBLAS, CUDNN, MEMSET = "cuBLASLt", "cuDNN", "memset"  # what stands for the name of a kernel
 
 VOTES = 2  # of each rank, which travel with the loss: kNumVotes in csrc/gpt2/plan.h
 MAX_TENSORS = 64  # of a reduction's launch, kMaxTensors in csrc/cuda/reduce.cu
@@ -32,7 +32,7 @@ class Kernel:
 
     group: str  # what it belongs to, for people
     what: str  # the operation
-    name: str  # pattern of the kernel's name; cuBLASLt or memset
+    name: str  # pattern of the kernel's name; cuBLASLt, cuDNN or memset
     bytes: float  # that must be moved from and to the memory
     flops: float = 0
     useful_flops: float = 0  # of them, those that the model's flops count: no recomputation
@@ -333,12 +333,20 @@ class Step:
         return [*parts, sums]
 
     def attention(
-        self, direction: str, part: str, name: str, values: int, statistics: int, products: int, useful: int
+        self,
+        direction: str,
+        part: str,
+        name: str,
+        values: int,
+        statistics: int,
+        products: int,
+        useful: int,
+        matrices: int = 0,
     ) -> Kernel:
         """values: (N,C) tensors read and written; statistics: (B,NH,T) in fp32; products: of (T,HS) and (HS,T) for each
-        head, of which the causal half is computed."""
+        head, and matrices (T,T) in bf16, of which the causal half is computed."""
         flops = self.B * self.T**2 * self.C
-        moved = values * self.residual + statistics * 4 * self.N * self.NH
+        moved = values * self.residual + statistics * 4 * self.N * self.NH + matrices * self.N * self.NH * self.T
         return Kernel(
             "attention",
             f"attention {direction}{part}",
@@ -350,10 +358,18 @@ class Step:
         )
 
     def attention_forward(self) -> Kernel:
-        return self.attention("forward", "", "attention_forward_kernel*", 4, 1, products=2, useful=2)
+        name = CUDNN if self.options.cudnn_attention else "attention_forward_kernel*"
+        return self.attention("forward", "", name, 4, 1, products=2, useful=2)
 
     def attention_backward(self) -> list[Kernel]:
-        """Scores and their gradients are computed twice, for queries and for keys; the model's flops count neither."""
+        """Scores and their gradients are computed twice, for queries and for keys; the model's flops count neither.
+
+        cuDNN computes them once. Its deterministic kernels, before Blackwell, write the scores' gradients and read them
+        for those of the queries: the workspace of its plans (csrc/ops/workspace.h) says so. How many kernels that are
+        it does not say.
+        """
+        if self.options.cudnn_attention:
+            return [self.attention("backward", "", CUDNN, 8, 1, products=5, useful=4, matrices=2)]
         return [
             self.attention("backward", ": delta", "attention_delta_kernel*", 2, 1, products=0, useful=0),
             self.attention("backward", ": k, v", "attention_dkdv_kernel*", 6, 2, products=4, useful=2),

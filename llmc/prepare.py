@@ -151,6 +151,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
         train_loader.load_states([state.loader for state in stored.states], stored.paths)
     check_output_dir(config.output_dir)
 
+    check_attention(config)
     sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision, device)
     buffers = memory_plan(sizes, options, P)
     if config.async_checkpoint:
@@ -251,6 +252,16 @@ def check_same_model(config: TrainConfig, checkpoint: Checkpoint, shape: ModelSh
         raise RunError(
             f"{checkpoint.model} is not the model -e {config.model}: its {fields[0]} is {asdict(shape)[fields[0]]}, "
             f"not {asdict(wanted)[fields[0]]}; give the -e of that run, or begin a new one with another -o"
+        )
+
+
+def check_attention(config: TrainConfig) -> None:
+    from llmc import _C
+
+    if config.attention == "cudnn" and not _C.build_info()["cudnn"]:
+        raise UsageError(
+            "--attention cudnn: this build of llmc has no cuDNN: reinstall with LLMC_CUDNN=ON, which says what is "
+            "missing, or use --attention flash"
         )
 
 

@@ -12,10 +12,10 @@ steps are off (docs/roofline.csv).
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from llmc.kernels import Collective, Event, Fetch, Kernel, Step, Store
+from llmc.kernels import CUDNN, Collective, Event, Fetch, Kernel, Step, Store
 from llmc.model_file import FileDtype
 from llmc.peak import GPUS as PROCESSORS
 from llmc.peak import peak_flops
@@ -90,6 +90,10 @@ LAUNCH = 2.5e-6  # seconds, from kernel to kernel in a full stream
 # which our kernels are built like, on H100 with head size 64 (FlashAttention-3, Shah et al. 2024, figures 5 and 6;
 # causal backward, which is not shown, taken to be slower by the same factor as forward).
 ATTENTION: dict[str, tuple[float, int]] = {"forward": (0.49, 320), "backward": (0.44, 530)}
+# The same for cuDNN's, as shares of the whole peak, from the same figures: on Hopper it uses other instructions. On
+# Ampere and Ada it is taken to be like FlashAttention-2's, on Blackwell to reach the share that it does on Hopper. The
+# figures are not of its deterministic backward pass, whose additional bytes are counted (llmc/kernels.py).
+CUDNN_ATTENTION: dict[str, tuple[float, int]] = {"forward": (0.40, 370), "backward": (0.41, 530)}
 # The rate of mma.sync as a share of the peak, which on newer chips needs other instructions.
 MMA_SYNC: dict[Generation, float] = {"Ampere": 1, "Ada": 1, "Hopper": 0.62, "Blackwell": 0.31}
 
@@ -108,8 +112,6 @@ class Machine:
     tf32: bool = True
     gpus_per_node: int = 8
     product_share: float | None = None  # instead of the generation's, to fit it
-    attention: dict[str, tuple[float, int]] = field(default_factory=lambda: ATTENTION)  # other kernels than ours
-    mma_sync: float | None = None
 
     @property
     def peak(self) -> float:
@@ -136,9 +138,10 @@ class Machine:
         if kernel.attention is None or kernel.flops == 0:
             return 0
         direction, T = kernel.attention
-        share, half = self.attention[direction]
-        mma_sync = MMA_SYNC[self.gpu.generation] if self.mma_sync is None else self.mma_sync
-        return kernel.flops / (self.peak * mma_sync * share * T / (T + half))
+        peak, (share, half) = self.peak * MMA_SYNC[self.gpu.generation], ATTENTION[direction]
+        if kernel.name == CUDNN and MMA_SYNC[self.gpu.generation] < 1:
+            peak, (share, half) = self.peak, CUDNN_ATTENTION[direction]
+        return kernel.flops / (peak * share * T / (T + half))
 
     def product_seconds(self, M: int, N: int, K: int) -> float:
         """With the best tile and the best split of K."""

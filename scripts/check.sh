@@ -3,7 +3,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
-mapfile -t sources < <(find csrc examples scripts tests/cudasim tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+mapfile -t sources < <(find csrc examples scripts tests/cudasim tests/cudnn tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 status=0
 if [ "${1:-}" = --fix ]; then
   { ruff check --fix . && ruff format . && clang-format -i "${sources[@]}"; } || status=1

@@ -17,12 +17,8 @@ from pathlib import Path
 
 from llmc import _C, models, roofline
 from llmc.build import core_config, memory_plan, total_bytes
-from llmc.kernels import Event, Kernel, Step, memset
+from llmc.kernels import CUDNN, Event, Kernel, Step, memset
 from llmc.roofline import GPUS, Machine, Prediction, predict
-
-# llm.c's attention is cuDNN's, which uses Hopper's own instructions: shares of the whole peak, from the same figures as
-# roofline.ATTENTION. On Ampere it is taken to be like FlashAttention-2.
-CUDNN_ON_HOPPER = {"forward": (0.40, 370), "backward": (0.41, 530)}
 
 
 class LlmcStep(Step):
@@ -43,8 +39,11 @@ class LlmcStep(Step):
             yield memset("gradients", self.g * sum(self.unit_sizes))
         yield from super().backward(micro_step)
 
+    def attention_forward(self) -> Kernel:
+        return self.attention("forward", "", CUDNN, 4, 1, products=2, useful=2)
+
     def attention_backward(self) -> list[Kernel]:
-        return [self.attention("backward", "", "cuDNN", 8, 1, products=5, useful=4)]
+        return [self.attention("backward", "", CUDNN, 8, 1, products=5, useful=4)]
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,7 @@ def llmc_step(run: Published) -> LlmcStep:
 
 
 def machine(run: Published) -> Machine:
-    gpu = GPUS[run.gpu]
-    if gpu.generation == "Hopper":
-        return Machine(gpu, "bf16", attention=CUDNN_ON_HOPPER, mma_sync=1)
-    return Machine(gpu, "bf16")
+    return Machine(GPUS[run.gpu], "bf16")
 
 
 def fitted_share(run: Published) -> float:

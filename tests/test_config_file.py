@@ -91,6 +91,7 @@ CHANGED = TrainConfig(
     master_weights=False,
     tf32=False,
     gelu_fusion=2,
+    attention="cudnn",
     recompute=0,
     offload_optimizer=True,
     zero_stage=3,

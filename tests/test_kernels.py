@@ -10,7 +10,7 @@ import devices
 import pytest
 
 from llmc import _C
-from llmc.kernels import Kernel, Step, Wait
+from llmc.kernels import CUDNN, Kernel, Step, Wait
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -125,6 +125,19 @@ def test_bytes_and_flops_by_hand():
     useful = sum(value for (_, what), value in sums.items() if what == "useful")
     others = 1024 * 768 + 12 * 13 * 768 + 2 * 768
     assert step.model_flops_per_token * 65536 == useful + 6 * 65536 * others
+
+
+def test_cudnns_attention_by_hand():
+    """Five products backward, and the causal half of a (T,T) matrix of bf16 per head written and read."""
+    config = _C.GPT2Config(max_seq_len=1024, num_layers=12, num_heads=12, channels=768)
+    options = _C.Options(batch_size=64, seq_len=1024, precision="bf16", device="cuda", cudnn_attention=True)
+    kernels = {kernel: count for kernel, count in Step(config, options).launches().items() if kernel.name == CUDNN}
+    residual, lse, matrix = 65536 * 768 * 2, 65536 * 12 * 4, 64 * 12 * 1024 * 1024
+    pair = 64 * 12 * (2 * 1024 * 1024 * 64) / 2
+    assert {(k.what, k.bytes, k.flops, k.useful_flops, count) for k, count in kernels.items()} == {
+        ("attention forward", 4 * residual + lse, 2 * pair, 2 * pair, 12),
+        ("attention backward", 8 * residual + lse + 2 * matrix, 5 * pair, 4 * pair, 12),
+    }
 
 
 @pytest.mark.parametrize(("precision", "master_weights", "moved"), [("bf16", False, 22), ("fp32", True, 28)])

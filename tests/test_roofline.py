@@ -11,7 +11,7 @@ import pytest
 from llmc import _C, roofline
 from llmc.cli.train import _main as command
 from llmc.errors import UsageError
-from llmc.kernels import Collective, Kernel, Step, Wait, memset, product
+from llmc.kernels import CUDNN, Collective, Kernel, Step, Wait, memset, product
 from llmc.peak import GPUS as PROCESSORS
 from llmc.roofline import GPUS, Machine, Timeline, predict
 
@@ -74,6 +74,9 @@ def test_attention():
     backward = Kernel("attention", "", "", 0, 1e12, attention=("backward", 3 * 530))
     peak = 132 * 1830e6 * 4096
     assert H100.seconds(backward) == pytest.approx(2.5e-6 + 1e12 / (peak * 0.62 * 0.44 * 3 / 4))
+    cudnn = Kernel("attention", "", CUDNN, 0, 1e12, attention=("backward", 3 * 530))  # with Hopper's own instructions
+    assert H100.seconds(cudnn) == pytest.approx(2.5e-6 + 1e12 / (peak * 0.41 * 3 / 4))
+    assert A100.seconds(cudnn) == A100.seconds(backward)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ void register_model(py::module_& module) {
       .def(py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
                        const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
                        bool master_weights, int zero_stage, int64_t classifier_rows, const std::string& device,
-                       bool tf32, bool offload_optimizer, int64_t offload_piece) {
+                       bool tf32, bool offload_optimizer, int64_t offload_piece, bool cudnn_attention) {
              Options options;
              options.device = parse_device(device);
              options.tf32 = tf32;
@@ -225,12 +225,13 @@ void register_model(py::module_& module) {
              options.classifier_rows = classifier_rows;
              options.offload_optimizer = offload_optimizer;
              options.offload_piece = offload_piece;
+             options.cudnn_attention = cudnn_attention;
              return options;
            }),
            py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
            "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
            "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true, "offload_optimizer"_a = false,
-           "offload_piece"_a = 0)
+           "offload_piece"_a = 0, "cudnn_attention"_a = false)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
@@ -243,7 +244,8 @@ void register_model(py::module_& module) {
       .def_property_readonly("device", [](const Options& self) { return name_of(self.device); })
       .def_readonly("tf32", &Options::tf32)
       .def_readonly("offload_optimizer", &Options::offload_optimizer)
-      .def_readonly("offload_piece", &Options::offload_piece);
+      .def_readonly("offload_piece", &Options::offload_piece)
+      .def_readonly("cudnn_attention", &Options::cudnn_attention);
 
   module.def(
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
@@ -267,6 +269,11 @@ void register_model(py::module_& module) {
                             "timed: operations on a GPU have not finished when they return; use a "
                             "profiler, for which the step names its parts");
                  auto ops = device.cuda ? make_cuda_ops(device.index, options.tf32) : make_cpu_ops();
+                 if (options.cudnn_attention) {
+                   config.validate();
+                   options.validate(config);
+                   use_cudnn_attention(*ops, options.batch_size, options.seq_len, config.num_heads, config.head_size());
+                 }
                  if (timed) ops = std::make_unique<TimedOps>(std::move(ops));
                  if (!comm) comm = std::make_shared<SingleProcess>();
                  return std::make_shared<GPT2>(config, options, std::move(ops), std::move(comm));

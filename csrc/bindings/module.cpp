@@ -20,6 +20,7 @@ void register_build_info(py::module_& module) {
         info["blas"] = blas::name();
         info["compiler"] = __VERSION__;
         info["cuda"] = has_cuda();
+        info["cudnn"] = has_cudnn();
         info["threads"] = omp_get_max_threads();
         return info;
       },

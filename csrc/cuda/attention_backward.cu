@@ -223,6 +223,9 @@ void backward(X* dqkv, const X* dout, const X* out, const float* lse, const X* q
 }  // namespace
 
 void CudaOps::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) {
+  if (CudnnAttention* cudnn = cudnn_for(qkv, num_heads)) {
+    return cudnn->backward(dqkv, dout, out, lse, qkv, scratch(cudnn->workspace_bytes()), stream_);
+  }
   const int64_t B = qkv.shape[0], T = qkv.shape[1], HS = out.last() / num_heads;
   float* delta = static_cast<float*>(scratch(workspace::attention_backward(B, num_heads, T)));
   const auto run = [&](auto arithmetic) {

@@ -125,6 +125,9 @@ void forward(X* out, float* lse, const X* qkv, int64_t B, int64_t T, int64_t NH,
 }  // namespace
 
 void CudaOps::attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) {
+  if (CudnnAttention* cudnn = first == 0 ? cudnn_for(qkv, num_heads) : nullptr) {
+    return cudnn->forward(out, lse, qkv, scratch(cudnn->workspace_bytes()), stream_);
+  }
   const int64_t B = qkv.shape[0], T = qkv.shape[1], HS = out.last() / num_heads;
   if (qkv.dtype == DType::BF16) {
     forward<Bf16>(out.as<bf16>(), lse.as<float>(), qkv.as<bf16>(), B, T, num_heads, HS, first, stream_);

@@ -27,6 +27,7 @@ CudaOps::~CudaOps() {
   cudaGetDevice(&previous);
   cudaSetDevice(device_);
   cudaStreamSynchronize(own_stream_);
+  cudnn_.reset();
   staging_.reset();
   host_copies_.reset();
   cudaFree(own_workspace_);
@@ -82,6 +83,22 @@ void* CudaOps::scratch(int64_t bytes) {
     own_workspace_bytes_ = bytes;
   }
   return own_workspace_;
+}
+
+void CudaOps::use_workspace(Tensor workspace) {
+  workspace_ = workspace;
+  // What another version of cuDNN may need beyond the plan is allocated now, not in a step.
+  if (cudnn_) scratch(cudnn_->workspace_bytes());
+}
+
+void CudaOps::use_cudnn_attention(const AttentionShape& shape) {
+  const OnDevice on_device(*this);
+  cudnn_ = std::make_unique<CudnnAttention>(shape);
+}
+
+CudnnAttention* CudaOps::cudnn_for(Tensor qkv, int64_t num_heads) {
+  const AttentionShape shape = {qkv.shape[0], qkv.shape[1], num_heads, qkv.last() / 3 / num_heads};
+  return cudnn_ && qkv.dtype == DType::BF16 && cudnn_->covers(shape) ? cudnn_.get() : nullptr;
 }
 
 void CudaOps::fill_zero(Tensor x) { LLMC_CUDA_CHECK(cudaMemsetAsync(x.data, 0, size_t(x.bytes()), stream_)); }

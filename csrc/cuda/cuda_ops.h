@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 
+#include "cuda/cudnn_attention.h"
 #include "cuda/host_copies.h"
 #include "cuda/staging.h"
 #include "ops/ops.h"
@@ -32,6 +33,8 @@ class CudaOps final : public Ops {
   // The stream of the calls that follow, instead of the one made by the constructor.
   void use_stream(cudaStream_t stream) { stream_ = stream; }
   void allow_tf32(bool allowed) { tf32_ = allowed; }
+  // Attention of this shape in bf16 by cuDNN; of every other one by our own kernels, as without this call.
+  void use_cudnn_attention(const AttentionShape& shape);
 
   const char* name() const override { return name_.c_str(); }
   double peak_flops() override { return 0; }
@@ -41,7 +44,7 @@ class CudaOps final : public Ops {
   int make_current() override;
   void restore_current(int device) override;
   void* stream() override { return stream_; }
-  void use_workspace(Tensor workspace) override { workspace_ = workspace; }
+  void use_workspace(Tensor workspace) override;
   void fill_zero(Tensor x) override;
   void upload(Tensor x, const void* host) override;
   void download(void* host, Tensor x) override;
@@ -87,6 +90,9 @@ class CudaOps final : public Ops {
   // False if a fused GELU is not available for the product (cublas_lt.h).
   bool multiply(const Product& product);
 
+  // What computes the attention of all positions of qkv (B,T,3C): cuDNN, or nullptr for our own kernels.
+  CudnnAttention* cudnn_for(Tensor qkv, int64_t num_heads);
+
   int device_;
   std::string name_;
   bool tf32_;
@@ -100,6 +106,7 @@ class CudaOps final : public Ops {
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<HostCopies> host_copies_;  // of models that have host memory
   std::unique_ptr<CublasLt> cublas_;
+  std::unique_ptr<CudnnAttention> cudnn_;
 };
 
 // Throws Error that names the operation unless C, the length of the rows, suits 128-bit accesses.

@@ -92,4 +92,8 @@ void use_cuda_stream(Ops& ops, void* stream) {
 
 void allow_tf32(Ops& ops, bool allowed) { static_cast<cuda::CudaOps&>(ops).allow_tf32(allowed); }
 
+void use_cudnn_attention(Ops& ops, int64_t B, int64_t T, int64_t num_heads, int64_t head_size) {
+  static_cast<cuda::CudaOps&>(ops).use_cudnn_attention({B, T, num_heads, head_size});
+}
+
 }  // namespace llmc

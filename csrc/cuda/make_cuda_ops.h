@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -20,6 +21,9 @@ struct CudaDevice {
 
 // Whether this build holds the CUDA backend.
 bool has_cuda();
+
+// Whether this build holds cuDNN's attention too.
+bool has_cudnn();
 
 // Why the first device cannot be used, in one sentence, or "" if it can.
 std::string why_no_cuda_device();
@@ -40,5 +44,9 @@ std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32);
 // For ops made by make_cuda_ops: the stream (a cudaStream_t) of the calls that follow.
 void use_cuda_stream(Ops& ops, void* stream);
 void allow_tf32(Ops& ops, bool allowed);
+
+// For ops made by make_cuda_ops: attention (cuda/cudnn_attention.h) of this shape in bf16 by cuDNN. Takes seconds. Throws
+// Error if this build has no cuDNN, or cuDNN no deterministic kernel for the shape on the device.
+void use_cudnn_attention(Ops& ops, int64_t B, int64_t T, int64_t num_heads, int64_t head_size);
 
 }  // namespace llmc

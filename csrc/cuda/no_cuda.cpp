@@ -6,6 +6,8 @@ namespace llmc {
 
 bool has_cuda() { return false; }
 
+bool has_cudnn() { return false; }
+
 std::string why_no_cuda_device() {
   return "this build of llmc has no CUDA backend: install nvcc and reinstall with LLMC_CUDA=ON, which says what is "
          "missing";
@@ -22,5 +24,7 @@ std::unique_ptr<Ops> make_cuda_ops(int, bool) { throw_error(__FILE__, __LINE__, 
 void use_cuda_stream(Ops&, void*) {}
 
 void allow_tf32(Ops&, bool) {}
+
+void use_cudnn_attention(Ops&, int64_t, int64_t, int64_t, int64_t) {}
 
 }  // namespace llmc

@@ -52,6 +52,10 @@ void Options::validate(const GPT2Config& config) const {
   LLMC_CHECK(recompute >= 0 && recompute <= 4, "recompute is %d, it must be 0 to 4", recompute);
   LLMC_CHECK(gelu_fusion >= 0 && gelu_fusion <= 2, "gelu_fusion is %d, it must be 0, 1 or 2", gelu_fusion);
   LLMC_CHECK(zero_stage >= 0 && zero_stage <= 3, "zero_stage is %d, it must be 0, 1, 2 or 3", zero_stage);
+  LLMC_CHECK(!cudnn_attention || (device.cuda && precision == DType::BF16),
+             "cudnn_attention needs a GPU and bf16: the precision is %s on %s", name_of(precision),
+             name_of(device).c_str());
+  LLMC_CHECK(!cudnn_attention || seq_len >= 2, "cudnn_attention: seq_len is 1, cuDNN needs 2 or more");
   LLMC_CHECK(!offload_optimizer || device.cuda, "offload_optimizer needs a GPU: a CPU's memory is the host's");
   LLMC_CHECK(offload_piece >= 0, "offload_piece is %" PRId64 ", it must not be negative", offload_piece);
   LLMC_CHECK(classifier_rows >= 0, "classifier_rows is %" PRId64 ", it must not be negative", classifier_rows);

@@ -34,7 +34,9 @@ struct Options {
   // What the backward pass computes again, each level with those before it: 0 nothing, 1 GELU, 2 layernorms, 3 the
   // projections around attention, 4 the whole block from its input.
   int recompute = 1;
-  int gelu_fusion = 0;         // 0 none, 1 forward, 2 forward and backward
+  int gelu_fusion = 0;  // 0 none, 1 forward, 2 forward and backward
+  // On CUDA in bf16: attention of batches (B,T) by cuDNN. Other shapes, such as a sample's, by our own kernels.
+  bool cudnn_attention = false;
   bool tf32 = true;            // on CUDA, fp32 products and attention may round their operands to TF32
   bool master_weights = true;  // keep an fp32 copy of bf16 parameters
   // Sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. One rank has nothing to

@@ -177,7 +177,9 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   activation("scratch_btc", X, {B, T, C});
   builder.overlay(Lifetime::Activations,
                   {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
-  if (options.device.cuda) activation("workspace", F32, {divide_up(workspace::step(B, T, C, NH), int64_t(4))});
+  if (options.device.cuda) {
+    activation("workspace", F32, {divide_up(workspace::step(B, T, C, NH, options.cudnn_attention), int64_t(4))});
+  }
   activation("loss_sum", F32, {1 + kNumVotes});  // and the votes, which are averaged with it
   for (const char* scalar : {"grad_sum_of_squares", "grad_norm", "grad_scale", "broken_parameters"})
     activation(scalar, F32, {1});

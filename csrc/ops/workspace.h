@@ -28,10 +28,17 @@ inline int64_t reduce() { return kReduceBlocks * 4; }
 // Σ dout·out of each row and head.
 inline int64_t attention_backward(int64_t B, int64_t NH, int64_t T) { return B * NH * T * 4; }
 
+// The same through cuDNN: what its deterministic kernels take on GPUs before Blackwell, for the gradients of the scores in
+// bf16, rounded up to tiles, and Σ dout·out; on Blackwell it is the latter alone. cuDNN 9.20's plans: tests/test_cudnn.py.
+inline int64_t cudnn_attention(int64_t B, int64_t NH, int64_t T) {
+  const int64_t queries = (T + 63) / 64 * 64, keys = (T + 127) / 128 * 128;
+  return B * NH * queries * keys * 2 + attention_backward(B, NH, T) + 256;
+}
+
 // What the step of a model with batches (B,T) needs.
-inline int64_t step(int64_t B, int64_t T, int64_t C, int64_t NH) {
-  return std::max(
-      {kCublas, layernorm_backward(B * T, C), bias_backward(B * T, 4 * C), reduce(), attention_backward(B, NH, T)});
+inline int64_t step(int64_t B, int64_t T, int64_t C, int64_t NH, bool cudnn) {
+  return std::max({kCublas, layernorm_backward(B * T, C), bias_backward(B * T, 4 * C), reduce(),
+                   cudnn ? cudnn_attention(B, NH, T) : attention_backward(B, NH, T)});
 }
 
 }  // namespace llmc::workspace
