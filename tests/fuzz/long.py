@@ -5,14 +5,16 @@ docs/fuzz.csv keeps count, and each reader goes on from there. After a change of
 
 import argparse
 import csv
+import os
 import re
-import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
 import native
+import run
 from targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -57,13 +59,36 @@ def known(reader: str) -> str:
 
 def feed(reader: str, inputs: int, seconds: int, seed: int) -> tuple[int, bool]:
     """How many inputs the reader got in one run, and whether it failed."""
-    command = [sys.executable, str(ROOT / "tests" / "fuzz" / "run.py"), "--reader", reader, "--inputs", str(inputs)]
-    command += ["--seconds", str(seconds), "--seed", str(seed)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    executed = re.search(STATISTIC, result.stdout)
-    if executed is None or result.returncode != 0:
-        print(result.stdout[-4000:])
-    return (int(executed[1]) if executed else 0), result.returncode != 0
+    command = [
+        run.__file__,
+        "--reader",
+        reader,
+        "--inputs",
+        str(inputs),
+        "--seconds",
+        str(seconds),
+        "--seed",
+        str(seed),
+    ]
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = os.fork()  # all that it needs is imported, which takes longer than some thousand inputs
+        if child == 0:
+            for descriptor in (1, 2):
+                os.dup2(output.fileno(), descriptor)
+            sys.argv = command
+            try:
+                run.main()
+            except SystemExit as end:
+                os._exit(end.code if isinstance(end.code, int) else 1)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        printed = output.read()
+    executed = re.search(STATISTIC, printed)
+    if executed is None or status != 0:
+        print(printed[-4000:])
+    return (int(executed[1]) if executed else 0), status != 0
 
 
 def read_table() -> dict[str, dict[str, str]]:
