@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from training_data import write_shard, write_tokenizer
 
 import llmc.train
 from llmc import snapshot
+from llmc.checkpoint_writer import CheckpointWriter
 from llmc.command_line import parse_args
 from llmc.data.loader import DataLoader
 from llmc.errors import RunError
@@ -213,9 +214,21 @@ def test_skips_that_are_not_in_a_row_do_not_end_a_run():
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """With --async-checkpoint 1 many steps, and the bad one, come before a checkpoint is written."""
-    write = snapshot.write
-    monkeypatch.setattr(snapshot, "write", lambda *arguments: (time.sleep(0.3), write(*arguments))[1])
+    """With --async-checkpoint 1 no checkpoint is written before the run waits for it."""
+    write, complete, waited_for = snapshot.write, CheckpointWriter.complete, threading.Event()
+
+    def wait_and_write(run, *arguments):
+        if run.config.async_checkpoint:
+            waited_for.wait(10)
+        return write(run, *arguments)
+
+    def wait(writer):
+        if writer.busy:
+            waited_for.set()
+        complete(writer)
+
+    monkeypatch.setattr(snapshot, "write", wait_and_write)
+    monkeypatch.setattr(CheckpointWriter, "complete", wait)
 
 
 @pytest.mark.parametrize(
