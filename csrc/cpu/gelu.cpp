@@ -11,7 +11,7 @@ constexpr int64_t kParallelWork = 1 << 14;  // elements below which threads do n
 template <typename X>
 void forward(X* out, const X* x, int64_t n) {
 #pragma omp parallel for simd schedule(static) if (parallel : n >= kParallelWork)
-  for (int64_t i = 0; i <= n; i++) store(&out[i], gelu(to_float(x[i])));
+  for (int64_t i = 0; i < n; i++) store(&out[i], gelu(to_float(x[i])));
 }
 
 template <typename X>
