@@ -122,6 +122,22 @@ def test_more_recomputation_never_needs_more_memory(layers, precision):
     assert layers == 1 or len(set(sizes)) == 5
 
 
+@pytest.mark.parametrize(
+    "kind, B, rows",
+    [
+        ("cuda", 64, 3968),  # 384 MiB are 4002 rows: 17 chunks of 3856, or 31 tiles of 128 rows
+        ("cpu", 64, 3856),
+        ("cuda", 32, 1928),  # 192 MiB are 2001 rows: there is no room for 16 tiles
+        ("cuda", 4, 640),  # 64 MiB are 667 rows: 7 chunks of 586
+        ("cuda", 1, 512),  # two chunks of whole tiles
+    ],
+)
+def test_rows_of_a_chunk_of_logits(kind, B, rows):
+    options = _C.Options(batch_size=B, seq_len=T, precision="bf16", device=kind)
+    (shape,) = (row[3] for row in _C.plan(_C.GPT2Config(), options) if row[0] == "logits")
+    assert shape == (rows, Vp)
+
+
 # --- what is allocated ------------------------------------------------------------------------------------------------
 
 

@@ -13,16 +13,22 @@ constexpr int64_t kAlignment = 256;                   // bytes, of every buffer
 constexpr int64_t kOffloadPiece = int64_t(1) << 22;   // elements: 16 MiB of m, of v and of master weights
 constexpr int64_t kLogitsBudget = int64_t(64) << 20;  // bytes of a logits chunk that are always granted
 
+constexpr int64_t kTileRows = 128;  // of products on a GPU
+
 // Rows of a logits chunk: the chunk shares its memory with the 4C-wide gradient of the blocks, so it may always be as
-// large as that. Chunks are balanced.
+// large as that. Chunks are balanced; on a GPU they are of whole tiles, if that leaves room enough.
+// Chunks that stay in a GPU's L2 cache do not pay: each reads and writes all of dwte_sum, and their products are bound by
+// arithmetic anyway. By llmc/roofline.py, with logits that cost no memory traffic, the loss head of d12 would take 1.4 times
+// as long on A100 (256 rows in 40 MB), 1.6 times on H100 (320 rows in 50 MB) and 1.1 times on B200 (768 rows in 126 MB).
 int64_t classifier_rows(const GPT2Config& config, const Options& options) {
   const int64_t N = options.batch_size * options.seq_len;
   if (options.classifier_rows > 0) return std::min(options.classifier_rows, N);
   const int64_t element = size_of(options.precision);
   const int64_t budget = std::max(kLogitsBudget, N * 4 * config.channels * element);
   const int64_t rows = std::clamp(budget / (config.padded_vocab_size * element), int64_t(1), N);
-  const int64_t chunks = (N + rows - 1) / rows;
-  return (N + chunks - 1) / chunks;
+  const int64_t balanced = divide_up(N, divide_up(N, rows));
+  const int64_t whole = round_up(balanced, kTileRows);
+  return options.device.cuda && whole <= rows ? whole : balanced;
 }
 
 class Builder {
