@@ -75,6 +75,7 @@ class Options:
         offload_optimizer: bool = False,
         offload_piece: int = 0,
         cudnn_attention: bool = False,
+        bias_fusion: bool = False,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -104,6 +105,8 @@ class Options:
     def offload_piece(self) -> int: ...
     @property
     def cudnn_attention(self) -> bool: ...
+    @property
+    def bias_fusion(self) -> bool: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1
@@ -199,6 +202,14 @@ class GPT2:
 
     def start_optimizer(self) -> None:
         """Allocate the optimizer state if it is not there: m = v = 0, master = the parameters."""
+
+    def choose_algorithms(self, known: dict[str, list[int]], timing: bool) -> None:
+        """Of products on a GPU, from here on: those known by the product's description; otherwise, if timing, the
+        fastest when a product is first seen, and then what the next passes compute is of no use; otherwise cuBLASLt's
+        first."""
+
+    def algorithms(self) -> dict[str, list[int]]:
+        """The known and timed algorithms that products have taken since."""
 
     def restore_parameters(self) -> None:
         """Parameters = master weights, rounded as the last update rounded them (see last_update_rng_state)."""
@@ -331,6 +342,12 @@ class ops:
     @staticmethod
     def bias_backward(dbias: Tensor, dout: Tensor, accumulate: bool = True) -> None:
         """dbias += dout.sum over rows, = without accumulate"""
+
+    @staticmethod
+    def matmul_bias_backward_weight(
+        dweight: Tensor, dbias: Tensor, dout: Tensor, x: Tensor, accumulate: bool = True
+    ) -> None:
+        """dweight += dout.T @ x; dbias += dout.sum over rows; = without accumulate"""
 
     @staticmethod
     def gelu_forward(out: Tensor, x: Tensor) -> None:

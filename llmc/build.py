@@ -97,6 +97,8 @@ def core_options(
 
     if config.offload_optimizer and not device.is_cuda:
         raise UsageError("--offload-optimizer 1 has no effect on a CPU, whose memory is the host's: drop it")
+    if not config.autotune and not device.is_cuda:
+        raise UsageError("--autotune 0 has no effect on a CPU, where nothing is chosen by time: drop it")
     cudnn = config.attention == "cudnn"
     if cudnn and not device.is_cuda:
         raise UsageError("--attention cudnn needs a GPU, this run is on a CPU: drop it")
@@ -110,6 +112,7 @@ def core_options(
         precision=precision,
         grad_dtype="fp32" if config.grad_dtype == "fp32" else precision,
         recompute=config.recompute if recompute is None else recompute,
+        bias_fusion=config.autotune and device.is_cuda,  # where it is slower, timing finds out
         gelu_fusion=2 * device.fuses_gelu if config.gelu_fusion == -1 else config.gelu_fusion,
         master_weights=config.master_weights,
         zero_stage=config.zero_stage if zero_stage is None else zero_stage,

@@ -162,6 +162,13 @@ class TrainConfig:
     )
     master_weights: bool = flag("-w", True, "numerics", ANY, "fp32 master copy of bf16 parameters")
     tf32: bool = flag("-f", True, "numerics", ANY, "1: fp32 matrix products may use a GPU's TF32")
+    autotune: bool = flag(
+        "",
+        True,
+        "numerics",
+        ANY,
+        "1: time cuBLASLt's algorithms on the GPU before the first step, and take the fastest; 0: its first choice",
+    )
     gelu_fusion: int = flag(
         "-ge", -1, "numerics", one_of(-1, 0, 1, 2), "GELU inside the products: 0 no, 1 forward, 2 both ways; -1: best"
     )

@@ -299,6 +299,10 @@ class Step:
     def parameters_backward(self, what: str, OC: int, IC: int, accumulate: bool) -> list[Kernel]:
         passes = 2 if accumulate else 1  # over the gradient
         moved = self.x * self.N * (OC + IC) + passes * self.g * OC * IC
+        if self.options.bias_fusion:
+            both = product(f"{what}, gradients of weight and bias", OC, IC, self.N, moved + self.g * OC)
+            adds = Kernel("bias gradients", "sum of the micro-steps", "accumulate_kernel*", 3 * self.g * OC)
+            return [both, adds] if accumulate else [both]
         return [
             product(f"{what}, weight gradient", OC, IC, self.N, moved),
             Kernel("bias gradients", "bias gradient", "bias_partials_kernel*", self.x * self.N * OC),

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from llmc.algorithms import NAME as ALGORITHMS
 from llmc.binfile import name_of_temporary
 from llmc.checkpoint import FILE, move_aside
 from llmc.config import TrainConfig
@@ -67,7 +68,7 @@ def make_ready(directory: Path, config: TrainConfig, lock: Lock) -> None:
         print(f"created directory: {directory}")
         lock.take()
     remove_leftovers(directory)
-    if not config.resume and (aside := move_aside(directory, [LOG, CONFIG])):
+    if not config.resume and (aside := move_aside(directory, [LOG, CONFIG, ALGORITHMS])):
         print(f"moved the checkpoints and the log in {directory} to {aside} (-y 1 would have gone on from them)")
     write_config_file(directory / CONFIG, config)
 
@@ -91,5 +92,5 @@ def remove_leftovers(directory: Path) -> None:
     """Delete what writes that were killed have left; no other run may be writing."""
     for path in directory.iterdir():
         name = name_of_temporary(path)
-        if name == CONFIG or (name and FILE.fullmatch(name)):
+        if name in (CONFIG, ALGORITHMS) or (name and FILE.fullmatch(name)):
             path.unlink(missing_ok=True)

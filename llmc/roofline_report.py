@@ -49,12 +49,12 @@ def kernel_lines(machine: Machine, prediction: Prediction) -> list[str]:
     for kernel, count in prediction.launches.items():
         for key in ((kernel.what, kernel.name), ("all", "")):
             add(sums[key], machine, kernel, count)
-    lines = [f"  {'operation':<38}{'launches':>9}{'MB':>11}{'GFLOP':>11}{'roofline ms':>13}{'predicted ms':>14}"]
+    lines = [f"  {'operation':<51}{'launches':>9}{'MB':>11}{'GFLOP':>11}{'roofline ms':>13}{'predicted ms':>14}"]
     whole = sums.pop(("all", ""))
     ordered = sorted(sums.items(), key=lambda item: -item[1].predicted)
     for what, total in [*((what, total) for (what, _), total in ordered), ("all", whole)]:
         lines.append(
-            f"  {what:<38}{total.launches:>9}{total.bytes / 1e6:>11.1f}{total.flops / 1e9:>11.1f}"
+            f"  {what:<51}{total.launches:>9}{total.bytes / 1e6:>11.1f}{total.flops / 1e9:>11.1f}"
             f"{1e3 * total.least:>13.3f}{1e3 * total.predicted:>14.3f}"
         )
     return lines

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from llmc.algorithms import choose_algorithms
 from llmc.checkpoint_writer import CheckpointWriter
 from llmc.config import TrainConfig
 from llmc.errors import RunError
@@ -38,6 +39,7 @@ def train(config: TrainConfig, ranks: Ranks) -> bool:
         with open_trackers(config, ranks.rank, run.start_step, run.tokens_per_step) as tracker:
             logger = Logger(output_dir if ranks.rank == 0 else None, append=config.resume, tracker=tracker)
             print(memory_report(run), flush=True)
+            choose_algorithms(run, output_dir)
             checkpoints = CheckpointWriter(run, output_dir) if output_dir and config.checkpoint_every > 0 else None
             stop = StopRequest()
             with stop.listening():

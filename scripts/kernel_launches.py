@@ -52,6 +52,7 @@ class Step:
     grad_dtype: Literal["fp32", "bf16", ""] = ""  # "": as precision
     recompute: int = 1
     gelu_fusion: int = 0
+    bias_fusion: bool = True  # as llmc-train has it where timing does not find it slower
     zero_stage: int = 0
     world_size: int = 1
     accumulation_steps: int = 1
@@ -81,6 +82,7 @@ class Step:
             grad_dtype=self.grad_dtype or self.precision,
             recompute=self.recompute,
             gelu_fusion=self.gelu_fusion,
+            bias_fusion=self.bias_fusion,
             zero_stage=self.zero_stage,
             device="cuda",
             tf32=self.tf32,
@@ -104,6 +106,8 @@ STEPS = [
 # Of these only the kernels that no step above launches are listed, those of the start and of a resume included.
 OTHERS = [
     Step("124M, fp32 gradients", "d12", B=4, grad_dtype="fp32"),
+    Step("124M, bias gradients apart", "d12", B=4, bias_fusion=False),
+    Step("124M fp32, bias gradients apart", "d12", B=4, precision="fp32", bias_fusion=False),
     *(
         Step(f"{name} {mode}", descriptor, B=4, T=T, precision=precision, tf32=tf32)
         for mode, precision, tf32 in (("bf16", "bf16", True), ("fp32", "fp32", True), ("fp32 -f 0", "fp32", False))

@@ -62,8 +62,10 @@ int cudaMemsetAsync(void*, int, size_t bytes, void*) {
 int cublasLtMatmul(void*, const void* operation, const void*, const void*, const void* a_layout, const void*,
                    const void* b_layout, const float* beta, const void*, const void*, void*, const void* d_layout) {
   const Matrix a(a_layout), b(b_layout), d(d_layout);
-  const bool auxiliary = attribute("cublasLtMatmulDescGetAttribute", operation, 7, 4) & 128;  // CUBLASLT_EPILOGUE_*_AUX
-  const uint64_t moved = a.bytes + b.bytes + d.bytes * (*beta != 0 ? 2 : 1) + (auxiliary ? d.bytes : 0);
+  const uint64_t epilogue = attribute("cublasLtMatmulDescGetAttribute", operation, 7, 4);
+  const uint64_t auxiliary = epilogue & 128 ? d.bytes : 0;                // CUBLASLT_EPILOGUE_*_AUX
+  const uint64_t bias_gradient = epilogue == 512 ? d.bytes / d.rows : 0;  // CUBLASLT_EPILOGUE_BGRADB
+  const uint64_t moved = a.bytes + b.bytes + d.bytes * (*beta != 0 ? 2 : 1) + auxiliary + bias_gradient;
   records.push_back({kProduct, 0, 0, 0, moved, d.columns, d.rows, a.rows * a.columns / d.rows});
   return 0;
 }

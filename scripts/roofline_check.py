@@ -127,6 +127,7 @@ def own_step(run: Own) -> Step:
         precision="bf16",
         recompute=0,
         gelu_fusion=2 if GPUS[run.gpu].fuses_gelu else 0,
+        bias_fusion=True,
         zero_stage=1,
         device="cuda",
     )

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,14 @@ def reference() -> ModuleType:
     sys.modules["train_gpt2"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Instead of the user's."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(directory)
+    return directory
 
 
 DEVICES = {"cpu": lambda: None, "cudasim": devices.simulator, "gpu": devices.gpu}

@@ -90,6 +90,7 @@ CHANGED = TrainConfig(
     grad_dtype="fp32",
     master_weights=False,
     tf32=False,
+    autotune=False,
     gelu_fusion=2,
     attention="cudnn",
     recompute=0,

@@ -347,7 +347,9 @@ def test_the_simulator_counts_as_many_launches(precision):
     config = core.GPT2Config(
         max_seq_len=16, vocab_size=65, padded_vocab_size=128, num_layers=2, num_heads=2, channels=32
     )  # fmt: skip
-    options = core.Options(batch_size=2, seq_len=16, precision=precision, grad_dtype=precision, device="cuda")
+    options = core.Options(
+        batch_size=2, seq_len=16, precision=precision, grad_dtype=precision, bias_fusion=True, device="cuda"
+    )
     model = core.GPT2(config, options)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     counts = []

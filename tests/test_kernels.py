@@ -19,7 +19,15 @@ CHUNKS = "custom:l=2,c=64,h=1,t=512,v=50257"  # whose logits take several chunks
 STEPS = [
     # Every recomputation with every fusion, in both precisions
     *(
-        {"descriptor": TINY, "B": 2, "T": 16, "precision": precision, "recompute": r, "gelu_fusion": ge}
+        {
+            "descriptor": TINY,
+            "B": 2,
+            "T": 16,
+            "precision": precision,
+            "recompute": r,
+            "gelu_fusion": ge,
+            "bias_fusion": bool(ge),
+        }
         for precision in ("fp32", "bf16")
         for r in (0, 1, 2, 3, 4)
         for ge in (0, 1, 2)
@@ -30,6 +38,7 @@ STEPS = [
         for z in (0, 1, 2, 3)
         for P, A in ((1, 3), (2, 1), (3, 4))
     ),
+    {"descriptor": TINY, "B": 2, "T": 16, "accumulation_steps": 3, "bias_fusion": False},
     {"descriptor": "custom:l=1,c=32,h=2,t=16,v=65", "B": 1, "T": 16, "zero_stage": 3, "world_size": 2},
     *(
         {

@@ -103,7 +103,8 @@ def test_gpt2s_sizes(gelu_fusion):
 @pytest.mark.parametrize("gelu_fusion", [0, 2])
 def test_bf16_gradients_as_good_as_pytorch_bf16(reference, cuda, case, gelu_fusion):
     """Error against fp64 gradients of the same bf16 weights: at most 1.5 times that of PyTorch in bf16."""
-    _, ours = gradients_on(cuda, case, seed=5, precision="bf16", gelu_fusion=gelu_fusion)
+    fusion = {"gelu_fusion": gelu_fusion, "bias_fusion": gelu_fusion > 0}
+    _, ours = gradients_on(cuda, case, seed=5, precision="bf16", **fusion)
     model = build(case, precision="bf16")
     x, y = batch(case, seed=5)
     exact = gradients_of(reference, reference_model(reference, model, torch.float64), x, y)
@@ -122,6 +123,22 @@ def test_tf32_is_better_than_bf16(reference, cuda, case):
     assert 0 < total_error(ours, exact) <= total_error(peer, exact) / 4
     _, without = gradients_on(cuda, case, seed=5)
     assert total_error(without, exact) < total_error(ours, exact) / 10
+
+
+@pytest.mark.parametrize("bias_fusion", [False, True])
+def test_gradients_of_several_micro_steps_equal_the_cpus_in_fp32(cuda, bias_fusion):
+    models = [build(ODD), build_on(cuda, ODD, bias_fusion=bias_fusion)]
+    for model in models:
+        for micro_step in range(3):
+            x, y = batch(ODD, seed=micro_step)
+            model.forward(x)
+            model.backward(y, micro_step, 3)
+    cuda.check()
+    found = host(models[1].gradients())
+    scale = max(float(g.norm()) for g in found.values())
+    for name, expected in models[0].gradients().items():
+        error = (found[name].double() - expected.double()).norm()
+        assert error <= 1e-5 * expected.double().norm() + 1e-7 * scale, name  # as for one micro-step
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])

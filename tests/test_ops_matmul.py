@@ -2,6 +2,7 @@
 
 import math
 
+import devices
 import pytest
 import torch
 from devices import ops
@@ -104,6 +105,53 @@ def test_bias_backward_accumulates(shape: tuple[int, int], dtype: torch.dtype, g
     ops.bias_backward(dbias, dout)
     error = (math.sqrt(N) + 4) * F32 * dout.double().abs().sum(0) + F32 * start.double().abs()
     assert_within(dbias, start.double() + dout.double().sum(0), error)
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES_X_G)
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_gradients_of_weight_and_bias(
+    shape: tuple[int, int, int], accumulate: bool, dtype: torch.dtype, grad_dtype: torch.dtype, device: str
+) -> None:
+    N, IC, OC = shape
+    dout, x = normal((N, OC), dtype, seed=N), normal((N, IC), dtype, seed=IC)
+    found = normal((OC, IC), grad_dtype, seed=5, scale=10), normal((OC,), grad_dtype, seed=6, scale=10)
+    if not accumulate:
+        for gradient in found:
+            gradient.fill_(torch.nan)
+    separate = [gradient.clone() for gradient in found]
+    exact = [dout.double().T @ x.double(), dout.double().sum(0)]
+    errors = [product_error(dout.T, x), (math.sqrt(N) + 4) * F32 * dout.double().abs().sum(0)]
+    if accumulate:
+        exact = [total + gradient.double() for total, gradient in zip(exact, found, strict=True)]
+        errors[0] += (math.sqrt(N) + 4) * F32 * found[0].double().abs()
+        errors[1] += F32 * found[1].double().abs() + UNIT_ROUNDOFF[grad_dtype] * dout.double().sum(0).abs()
+    ops.matmul_bias_backward_weight(*found, dout, x, accumulate=accumulate)
+    ops.matmul_backward_weight(separate[0], dout, x, accumulate=accumulate)
+    ops.bias_backward(separate[1], dout, accumulate=accumulate)
+    for gradient, expected, error in zip(found, exact, errors, strict=True):
+        assert_within(gradient, expected, error)
+    if device == "cpu":
+        assert same_bits(found[0], separate[0]) and same_bits(found[1], separate[1])
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_gradients_of_weight_and_bias_that_cublaslt_cannot_fuse(
+    accumulate: bool, cuda: devices.Simulator | devices.RealGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as by the separate operations."""
+    if not isinstance(cuda, devices.Simulator):
+        pytest.skip("a GPU's cuBLASLt can")
+    monkeypatch.setattr(ops, "device", cuda)
+    monkeypatch.setenv("CUDASIM_CUBLASLT_WITHOUT", "BGRADB")
+    for dtype, grad_dtype in DTYPES_X_G:
+        dout, x = normal((100, 24), dtype, seed=1), normal((100, 40), dtype, seed=2)
+        found = normal((24, 40), grad_dtype, seed=3), normal((24,), grad_dtype, seed=4)
+        separate = [gradient.clone() for gradient in found]
+        ops.matmul_bias_backward_weight(*found, dout, x, accumulate=accumulate)
+        ops.matmul_backward_weight(separate[0], dout, x, accumulate=accumulate)
+        ops.bias_backward(separate[1], dout, accumulate=accumulate)
+        assert same_bits(found[0], separate[0]) and same_bits(found[1], separate[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

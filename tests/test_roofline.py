@@ -207,8 +207,9 @@ def test_report(capsys):
         "H100 (NVIDIA H100 80GB HBM3), measured by nobody: data sheet 989 TFLOP/s, 3350 GB/s; NVLink 4 at 450"
     )
     config = _C.GPT2Config()
+    fusion = {"gelu_fusion": 2, "bias_fusion": True}
     options = _C.Options(
-        batch_size=32, seq_len=1024, precision="bf16", recompute=0, gelu_fusion=2, zero_stage=1, device="cuda"
+        batch_size=32, seq_len=1024, precision="bf16", recompute=0, zero_stage=1, device="cuda", **fusion
     )
     prediction = predict(Step(config, options, 8, 2), H100)
     *operations, whole = OPERATION.findall(text)

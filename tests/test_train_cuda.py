@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 from devices import SIMULATOR, require_simulator
 from training_data import V, text, write_shard, write_tokenizer
+
+from llmc import algorithms
+from llmc.algorithms import read_algorithms, write_algorithms
 
 RUNNER = Path(__file__).parent / "run_in_simulator.py"
 BASE = (
@@ -30,8 +34,11 @@ def directory(tmp_path, monkeypatch):
 
 
 def run(flags, ranks=1, **environment):
-    launcher = ["mpirun", "-np", str(ranks)] if ranks > 1 else []
-    command = [*launcher, sys.executable, str(RUNNER), "llmc-train", *BASE.split(), *flags.split()]
+    command = [sys.executable, str(RUNNER), "llmc-train", *BASE.split(), *flags.split()]
+    return start(["mpirun", "-np", str(ranks), *command] if ranks > 1 else command, **environment)
+
+
+def start(command, **environment):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of mpirun
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(RUNNER.parent), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
@@ -100,7 +107,8 @@ def test_ranges_of_a_step(directory):
     micro_step = [forward, ("backward", [loss_head, block, block])]
     step = [*micro_step, *micro_step, ("update", [])]
     validation = ("evaluate", [forward, loss_head])
-    assert root == [*step, *step, validation, validation]
+    timing = [*micro_step, *micro_step]  # of cuBLASLt's algorithms
+    assert root == [*timing, *step, *step, validation, validation]
 
 
 def test_lazy_streams_change_nothing():
@@ -157,3 +165,142 @@ def test_an_offloaded_optimizer_changes_nothing(directory):
     train(f"{flags} -x 6 -o parts -y 1 --offload-optimizer 1", CUDASIM_LAZY="1")
     for name in ("model_00000006.bin", "state_00000006_00000.bin"):
         assert (directory / "whole" / name).read_bytes() == (directory / "parts" / name).read_bytes()
+
+
+# --- algorithms of cuBLASLt chosen by time --------------------------------------------------------------------------
+
+FASTEST = "CUDASIM_CUBLASLT_FASTEST"  # the number of the algorithm that is chosen
+# Kinds of products: five forward, five of inputs' gradients, five of weights'; as Vp = 4C, the input's gradient of the
+# logits is like that of fc. Where the four with biases are timed apart, too, that of fc's weights is like the logits'.
+FUSED, BOTH = 5 + 4 + 5, 5 + 4 + 5 + 3
+ADDING_FUSED, ADDING_BOTH = 5, 5 + 3
+
+
+@pytest.fixture
+def cache_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "llmc" / algorithms.NAME
+
+
+def numbers(path):
+    """Of the algorithms in a file."""
+    return {algorithm[0] for products in read_algorithms(path).values() for algorithm in products.values()}
+
+
+def counts(output):
+    """Of kinds of products, and of those that were timed."""
+    found = re.search(r"^(\d+) kinds of matrix products, (\d+) timed", output, re.M)
+    return [int(number) for number in found.groups()]
+
+
+def warnings(output):
+    """But for the one that T is less than the model's context."""
+    return [text for text in re.findall("WARNING: (.*)", output) if not text.startswith("sequence length")]
+
+
+def checkpoint(directory, step=6):
+    return [(directory / name).read_bytes() for name in (f"model_{step:08}.bin", f"state_{step:08}_00000.bin")]
+
+
+def test_another_run_finds_the_choice_in_the_cache(directory, cache_file):
+    assert counts(train("-x 1 -o one -d 64", **{FASTEST: "2"})) == [BOTH + ADDING_BOTH] * 2
+    assert numbers(directory / "one" / algorithms.NAME) == numbers(cache_file) == {2}
+    written = cache_file.stat().st_mtime_ns
+    assert counts(train("-x 1 -o two -d 64", **{FASTEST: "3"})) == [FUSED + ADDING_FUSED, 0]
+    assert numbers(directory / "two" / algorithms.NAME) == {2}
+    assert cache_file.stat().st_mtime_ns == written
+    assert counts(train("-x 1 -o three -b 1", **{FASTEST: "3"})) == [BOTH, BOTH]  # without products that add
+    assert numbers(cache_file) == {2, 3}
+
+
+def test_a_resumed_run_takes_its_own_algorithms(directory, cache_file):
+    """Whatever is fastest now: else the bits would change."""
+    flags = "-n 3 --precision fp32 -f 0"
+    train(f"{flags} -x 6 -o whole", **{FASTEST: "2"})
+    train(f"{flags} -x 3 -o own", **{FASTEST: "2"})
+    shutil.copytree("own", "others")
+    (directory / "others" / algorithms.NAME).unlink()
+    cache_file.unlink()
+    output = train(f"{flags} -x 6 -o own -y 1", **{FASTEST: "3"})
+    assert counts(output) == [FUSED, 0] and warnings(output) == []
+    assert checkpoint(directory / "own") == checkpoint(directory / "whole")
+    cache_file.unlink()
+    output = train(f"{flags} -x 6 -o others -y 1", **{FASTEST: "3"})
+    assert counts(output) == [BOTH, BOTH] and len(warnings(output)) == 1
+    assert checkpoint(directory / "others") != checkpoint(directory / "whole")
+
+
+def test_a_resumed_run_without_its_algorithms_says_so(directory, cache_file):
+    train("-x 2 -n 2 -o run")
+    (device,) = stored = read_algorithms(directory / "run" / algorithms.NAME)
+    product = next(name for name in stored[device] if "epilogue 4" in name)  # with a bias
+    differs = "the run may differ in the last bits from one that was not interrupted"
+    for trouble, expected in (
+        ("damaged", rf"damaged/{algorithms.NAME} is damaged: it is no JSON \(.*\): {differs}"),
+        ("moved", f"moved/{algorithms.NAME} has no algorithms of this {re.escape(device)}: {differs}"),
+        ("refused", f"cuBLASLt no longer has the algorithm of refused/.* for {re.escape(product)}: {differs}"),
+    ):
+        shutil.copytree("run", trouble)
+        path = directory / trouble / algorithms.NAME
+        if trouble == "damaged":
+            path.write_text(path.read_text()[:-9])
+        elif trouble == "moved":
+            write_algorithms(path, {"NVIDIA Other": stored[device]})
+        else:
+            write_algorithms(path, {device: stored[device] | {product: [9] * 8}})
+        output = train(f"-x 3 -n 3 -o {trouble} -y 1")
+        assert "resuming at step 2" in output
+        (warning,) = warnings(output)
+        assert re.fullmatch(expected, warning)
+        found = read_algorithms(path)
+        assert found[device].items() >= {product: stored[device][product]}.items()
+        assert ("NVIDIA Other" in found) == (trouble == "moved")
+
+
+def test_a_damaged_cache_is_replaced(directory, cache_file):
+    cache_file.parent.mkdir(parents=True)
+    cache_file.write_text("{")
+    output = train("-x 1")
+    (warning,) = warnings(output)
+    assert warning.startswith(f"{cache_file} is damaged") and counts(output) == [BOTH, BOTH]
+    assert warnings(train("-x 1")) == []
+
+
+def test_a_cache_that_cannot_be_written(directory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    output = train("-x 1 -o run")
+    assert "WARNING: cannot write /proc/none/llmc/" in output and (directory / "run" / algorithms.NAME).exists()
+
+
+def test_all_ranks_take_the_algorithms_of_rank_0(directory, cache_file):
+    """Though rank 1 would choose others."""
+
+    def ranks(*fastest, **settings):
+        flags = f"{BASE} -x 2 -n 2 -d 64 -z 2 --precision fp32 -f 0 -o {'_'.join(fastest)}".split()
+        command = ["mpirun"]
+        for number in fastest:
+            command += [":"] * (len(command) > 1) + ["-np", "1", "env", f"{FASTEST}={number}"]
+            command += [sys.executable, str(RUNNER), "llmc-train", *flags]
+        result = start(command)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        cache_file.unlink()
+        return checkpoint(directory / "_".join(fastest), 2), result.stdout
+
+    expected, output = ranks("2", "2")
+    assert counts(output) == [BOTH, BOTH]  # at stage 2 no product adds to gradients
+    assert ranks("2", "3")[0] == expected != ranks("3", "2")[0]
+
+
+def test_without_autotune_it_is_the_first_choice(directory, cache_file):
+    flags = "-x 2 -n 2 --precision fp32 -f 0"
+    output = train(f"{flags} -o off --autotune 0", **{FASTEST: "3"})
+    assert "matrix products" not in output
+    assert not cache_file.exists() and not (directory / "off" / algorithms.NAME).exists()
+    slow = {"CUDASIM_CUBLASLT_SLOW": "BGRADB"}  # or gradients of biases would come out of the products
+    train(f"{flags} -o first", **slow)
+    assert checkpoint(directory / "off", 2) == checkpoint(directory / "first", 2)
+
+
+def test_nothing_is_timed_for_no_step(directory, cache_file):
+    assert "matrix products" not in train("-x 0 -o run")
+    assert not cache_file.exists()

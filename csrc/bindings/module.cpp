@@ -21,6 +21,7 @@ void register_build_info(py::module_& module) {
         info["compiler"] = __VERSION__;
         info["cuda"] = has_cuda();
         info["cudnn"] = has_cudnn();
+        info["cublaslt"] = cublas_lt_version();
         info["threads"] = omp_get_max_threads();
         return info;
       },

@@ -176,6 +176,15 @@ void bias_backward(TensorArg dbias, TensorArg dout, bool accumulate) {
   CurrentOps(a.device())->bias_backward(dbias_, dout_, accumulate);
 }
 
+void matmul_bias_backward_weight(TensorArg dweight, TensorArg dbias, TensorArg dout, TensorArg x, bool accumulate) {
+  Arguments a("matmul_bias_backward_weight");
+  const Tensor dout_ = a.in("dout", dout, "X", "N OC");
+  const Tensor x_ = a.in("x", x, "X", "N IC");
+  const Tensor dweight_ = a.out("dweight", dweight, "G", "OC IC");
+  const Tensor dbias_ = a.out("dbias", dbias, "G", "OC");
+  CurrentOps(a.device())->matmul_bias_backward_weight(dweight_, dbias_, dout_, x_, accumulate);
+}
+
 void gelu_forward(TensorArg out, TensorArg x) {
   Arguments a("gelu_forward");
   const Tensor x_ = a.in("x", x, "X", "N");
@@ -346,6 +355,8 @@ void register_ops(py::module_& module) {
         "dweight += dout.T @ x, = without accumulate");
   m.def("bias_backward", &bias_backward, no_gil, "dbias"_a, "dout"_a, "accumulate"_a = true,
         "dbias += dout.sum over rows, = without accumulate");
+  m.def("matmul_bias_backward_weight", &matmul_bias_backward_weight, no_gil, "dweight"_a, "dbias"_a, "dout"_a, "x"_a,
+        "accumulate"_a = true, "dweight += dout.T @ x; dbias += dout.sum over rows; = without accumulate");
   m.def("gelu_forward", &gelu_forward, no_gil, "out"_a, "x"_a, "out = gelu(x), tanh form");
   m.def("gelu_backward", &gelu_backward, no_gil, "dx"_a, "x"_a, "dx *= gelu'(x), in place");
   m.def("attention_forward", &attention_forward, no_gil, "out"_a, "lse"_a, "qkv"_a, "num_heads"_a, "first"_a = 0,

@@ -287,4 +287,9 @@ void CpuOps::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
   });
 }
 
+void CpuOps::matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) {
+  matmul_backward_weight(dweight, dout, x, accumulate);
+  bias_backward(dbias, dout, accumulate);
+}
+
 }  // namespace llmc::cpu::LLMC_ISA

@@ -2,12 +2,22 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstdio>
+#include <cstring>
 #include <tuple>
 
 #include "cuda/check.h"
+#include "cuda/timing.h"
 
 namespace llmc::cuda {
 namespace {
+
+static_assert(sizeof(cublasLtMatmulAlgo_t) == sizeof(Algorithm));
+
+constexpr int kOffered = 16;  // algorithms that are timed at most
+// Another algorithm than cuBLASLt's first must be faster by so much: medians differ by some tenths of a percent without
+// any reason, and what need not change the results should not.
+constexpr float kWorthwhile = 0.98f;
 
 cudaDataType_t cuda_type(DType dtype) { return dtype == DType::F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -27,8 +37,8 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
   LLMC_CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value));
 }
 
-// Not BGRADB for the bias gradient: with beta = 1 it would still overwrite the bias.
 cublasLtEpilogue_t epilogue_of(const Product& product) {
+  if (product.bias_gradient) return CUBLASLT_EPILOGUE_BGRADB;  // cuBLASLt's B is our a
   switch (product.gelu) {
     case Product::Gelu::Forward:
       return product.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
@@ -61,14 +71,28 @@ struct CublasLt::Kind {
                     alignment_b, alignment_d, alignment_bias, alignment_pre, workspace_bytes);
   }
   bool operator<(const Kind& other) const { return all() < other.all(); }
+
+  // All of it in words, as the key of what is kept for later runs.
+  std::string name() const {
+    char text[256];
+    std::snprintf(text, sizeof text,
+                  "%s (%" PRId64 ",%" PRId64 ")%s (%" PRId64 ",%" PRId64
+                  ")%s %s %s%s, epilogue %d, aligned %u %u %u %u %u, "
+                  "workspace %zu",
+                  name_of(input), N, K, transpose_a ? "T" : "", K, M, transpose_b ? "T" : "", accumulate ? "+=" : "=",
+                  name_of(output), tf32 && input == DType::F32 ? ", TF32" : "", int(epilogue), alignment_a, alignment_b,
+                  alignment_d, alignment_bias, alignment_pre, workspace_bytes);
+    return text;
+  }
 };
 
 // "A" and "B" are cuBLASLt's here: its A is our b.
 struct CublasLt::Plan {
   cublasLtMatmulDesc_t operation = nullptr;
   cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
-  cublasLtMatmulHeuristicResult_t algorithm{};
+  cublasLtMatmulAlgo_t algorithm{};
   cublasStatus_t refusal = CUBLAS_STATUS_NOT_SUPPORTED;  // success: there is an algorithm
+  bool chosen = false;                                   // it was known or timed
 
   Plan() = default;
   Plan(const Plan&) = delete;
@@ -90,6 +114,7 @@ CublasLt::~CublasLt() {
 
 void CublasLt::set_pointers(Plan& plan, const Product& product) {
   if (product.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias.data);
+  if (product.bias_gradient) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias_gradient.data);
   if (product.pre) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, product.pre.data);
 }
 
@@ -111,6 +136,48 @@ std::unique_ptr<CublasLt::Plan> CublasLt::make(const Kind& kind, const Product& 
   layout(&plan.b, kind.input, kind.transpose_a ? kind.N : kind.K, kind.transpose_a ? kind.K : kind.N);
   layout(&plan.d, kind.output, kind.M, kind.N);
 
+  return result;
+}
+
+void CublasLt::choose_algorithms(const Algorithms& known, bool timing) {
+  known_ = known;
+  timing_ = timing;
+  plans_.clear();
+}
+
+Algorithms CublasLt::algorithms() const {
+  Algorithms result;
+  for (const auto& [kind, plan] : plans_) {
+    if (plan->chosen) std::memcpy(&result[kind.name()], &plan->algorithm, sizeof(Algorithm));
+  }
+  return result;
+}
+
+void CublasLt::choose(Plan& plan, const Kind& kind, const Product& product, const Place& place) {
+  if (use_known(plan, kind, place)) return;
+  const std::vector<cublasLtMatmulAlgo_t> algorithms = offered(plan, kind, timing_ ? kOffered : 1);
+  if (algorithms.empty()) return;
+  plan.algorithm = algorithms[0];
+  if (timing_) take_fastest(plan, algorithms, product, place);
+}
+
+// False if nothing is known, or what is known is of no use here.
+bool CublasLt::use_known(Plan& plan, const Kind& kind, const Place& place) {
+  const auto known = known_.find(kind.name());
+  if (known == known_.end()) return false;
+  if (place.apart && known->second == Algorithm{}) return plan.chosen = true;  // without an algorithm
+  std::memcpy(&plan.algorithm, &known->second, sizeof plan.algorithm);
+  cublasLtMatmulHeuristicResult_t result{};
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoCheck(handle_, plan.operation, plan.a, plan.b, plan.d, plan.d, &plan.algorithm, &result);
+  if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kind.workspace_bytes) return false;
+  plan.refusal = CUBLAS_STATUS_SUCCESS;
+  plan.chosen = true;
+  return true;
+}
+
+// What cuBLASLt offers for the product, best first; if nothing, plan.refusal says why.
+std::vector<cublasLtMatmulAlgo_t> CublasLt::offered(Plan& plan, const Kind& kind, int most) {
   DestroyPreference guard;
   LLMC_CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&guard.preference));
   set(guard.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(kind.workspace_bytes));
@@ -121,16 +188,57 @@ std::unique_ptr<CublasLt::Plan> CublasLt::make(const Kind& kind, const Product& 
   set(guard.preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, kind.alignment_a);
   set(guard.preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, kind.alignment_d);
   set(guard.preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, kind.alignment_d);
+  std::vector<cublasLtMatmulHeuristicResult_t> results(most);
   int found = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                                               guard.preference, 1, &plan.algorithm, &found);
-  plan.refusal = status != CUBLAS_STATUS_SUCCESS ? status
-                 : found > 0                     ? plan.algorithm.state
-                                                 : CUBLAS_STATUS_NOT_SUPPORTED;
-  return result;
+                                                               guard.preference, most, results.data(), &found);
+  plan.refusal = status != CUBLAS_STATUS_SUCCESS ? status : CUBLAS_STATUS_NOT_SUPPORTED;
+  std::vector<cublasLtMatmulAlgo_t> algorithms;
+  for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < found; i++) {
+    if (results[i].state == CUBLAS_STATUS_SUCCESS) algorithms.push_back(results[i].algo);
+  }
+  if (!algorithms.empty()) plan.refusal = CUBLAS_STATUS_SUCCESS;
+  return algorithms;
 }
 
-bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+// Of those that run: what is offered may still refuse to.
+void CublasLt::take_fastest(Plan& plan, const std::vector<cublasLtMatmulAlgo_t>& algorithms, const Product& product,
+                            const Place& place) {
+  std::vector<cublasLtMatmulAlgo_t> running;
+  std::vector<std::function<void()>> ways;
+  for (const cublasLtMatmulAlgo_t& algorithm : algorithms) {
+    plan.refusal = multiply(plan, algorithm, product, place);
+    if (plan.refusal != CUBLAS_STATUS_SUCCESS) {
+      cudaGetLastError();  // the refusal stays with this call
+      continue;
+    }
+    running.push_back(algorithm);
+    ways.push_back([&, algorithm] { LLMC_CUBLAS_CHECK(multiply(plan, algorithm, product, place)); });
+  }
+  if (running.empty()) return;
+  if (place.apart) {
+    place.apart();  // its own products are timed here
+    ways.push_back(place.apart);
+  }
+  const std::vector<float> milliseconds = median_milliseconds(ways, place.stream);
+  const size_t fastest = size_t(std::min_element(milliseconds.begin(), milliseconds.end()) - milliseconds.begin());
+  const size_t taken = milliseconds[fastest] < kWorthwhile * milliseconds[0] ? fastest : 0;
+  const bool apart = taken == running.size();
+  plan.algorithm = apart ? cublasLtMatmulAlgo_t{} : running[taken];
+  plan.refusal = apart ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
+  plan.chosen = true;
+}
+
+cublasStatus_t CublasLt::multiply(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                                  const Place& place) {
+  const float one = 1, beta = product.accumulate ? 1 : 0;
+  return cublasLtMatmul(handle_, plan.operation, &one, product.b.data, plan.a, product.a.data, plan.b, &beta,
+                        product.d.data, plan.d, product.d.data, plan.d, &algorithm, place.workspace,
+                        place.workspace_bytes, place.stream);
+}
+
+bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t workspace_bytes, cudaStream_t stream,
+                   const std::function<void()>& apart) {
   Kind kind;
   kind.N = product.d.rows();
   kind.M = product.d.last();
@@ -145,28 +253,32 @@ bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t wo
   kind.alignment_a = alignment_of(product.a);
   kind.alignment_b = alignment_of(product.b);
   kind.alignment_d = alignment_of(product.d);
-  kind.alignment_bias = product.bias ? alignment_of(product.bias) : 0;
+  const Tensor bias = product.bias ? product.bias : product.bias_gradient;
+  kind.alignment_bias = bias ? alignment_of(bias) : 0;
   kind.alignment_pre = product.pre ? alignment_of(product.pre) : 0;
   kind.workspace_bytes = workspace_bytes;
 
-  // What the epilogue's auxiliary matrix must be.
+  // What the epilogues' vector and auxiliary matrix must be.
+  if (product.bias_gradient && kind.alignment_bias < 16) return false;
   if (product.pre && (kind.M % 8 != 0 || kind.alignment_pre < 16)) return false;
 
+  const Place place = {workspace, workspace_bytes, stream, apart};
   auto entry = plans_.find(kind);
-  if (entry == plans_.end()) entry = plans_.emplace(kind, make(kind, product)).first;
+  if (entry == plans_.end()) {
+    std::unique_ptr<Plan> made = make(kind, product);
+    choose(*made, kind, product, place);
+    entry = plans_.emplace(kind, std::move(made)).first;
+  }
   Plan& plan = *entry->second;
   if (plan.refusal != CUBLAS_STATUS_SUCCESS) {
-    LLMC_CHECK(product.gelu != Product::Gelu::None,
+    LLMC_CHECK(product.gelu != Product::Gelu::None || product.bias_gradient,
                "cuBLASLt has no algorithm for the product of (%" PRId64 ",%" PRId64 ") and (%" PRId64 ",%" PRId64
                ") in %s: %s",
                kind.N, kind.K, kind.K, kind.M, name_of(kind.input), cublasLtGetStatusString(plan.refusal));
     return false;
   }
   set_pointers(plan, product);
-  const float one = 1, beta = product.accumulate ? 1 : 0;
-  LLMC_CUBLAS_CHECK(cublasLtMatmul(handle_, plan.operation, &one, product.b.data, plan.a, product.a.data, plan.b, &beta,
-                                   product.d.data, plan.d, product.d.data, plan.d, &plan.algorithm.algo, workspace,
-                                   workspace_bytes, stream));
+  LLMC_CUBLAS_CHECK(multiply(plan, plan.algorithm, product, place));
   return true;
 }
 

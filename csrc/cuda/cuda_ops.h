@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -53,6 +54,8 @@ class CudaOps final : public Ops {
   void fetch(int slot, const HostCopy* copies, int64_t count) override;
   void store(int slot, const HostCopy* copies, int64_t count) override;
   void finish_stores() override;
+  void choose_algorithms(const Algorithms& known, bool timing) override;
+  Algorithms algorithms() const override;
   void begin_range(const char* name) override;
   void end_range() override;
 
@@ -69,6 +72,7 @@ class CudaOps final : public Ops {
   void matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) override;
   void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) override;
   void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
+  void matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) override;
   void gelu_forward(Tensor out, Tensor x) override;
   void gelu_backward(Tensor dx, Tensor x) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) override;
@@ -87,8 +91,8 @@ class CudaOps final : public Ops {
   // Device memory for the duration of one operation, aligned to 256 bytes: the workspace, or one of our own that grows.
   void* scratch(int64_t bytes);
 
-  // False if a fused GELU is not available for the product (cublas_lt.h).
-  bool multiply(const Product& product);
+  // False if what is fused with the product is to be computed apart, by `apart` where it is given (cublas_lt.h).
+  bool multiply(const Product& product, const std::function<void()>& apart = {});
 
   // What computes the attention of all positions of qkv (B,T,3C): cuDNN, or nullptr for our own kernels.
   CudnnAttention* cudnn_for(Tensor qkv, int64_t num_heads);

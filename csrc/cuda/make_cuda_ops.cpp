@@ -79,6 +79,8 @@ CudaDevice cuda_device(int device) {
           properties.sharedMemPerBlockOptin};
 }
 
+size_t cublas_lt_version() { return cublasLtGetVersion(); }
+
 std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32) {
   const CudaDevice properties = cuda_device(device);
   const std::string why = why_too_old(properties);

@@ -37,6 +37,9 @@ CudaDevice cuda_device(int device);
 // Bytes of the device's memory that nobody has now; makes the device's context, which takes some itself.
 size_t cuda_free_memory(int device);
 
+// The version of cuBLASLt: 10000·major + 100·minor + patch; 0 without CUDA.
+size_t cublas_lt_version();
+
 // The operations on a device, on a stream of their own that orders itself with the default stream. tf32: products and
 // attention in fp32 may round their operands to TF32. Throws Error if there is no such device or it is too old.
 std::unique_ptr<Ops> make_cuda_ops(int device, bool tf32);

@@ -19,6 +19,8 @@ CudaDevice cuda_device(int) { throw_error(__FILE__, __LINE__, "%s", why_no_cuda_
 
 size_t cuda_free_memory(int) { throw_error(__FILE__, __LINE__, "%s", why_no_cuda_device().c_str()); }
 
+size_t cublas_lt_version() { return 0; }
+
 std::unique_ptr<Ops> make_cuda_ops(int, bool) { throw_error(__FILE__, __LINE__, "%s", why_no_cuda_device().c_str()); }
 
 void use_cuda_stream(Ops&, void*) {}

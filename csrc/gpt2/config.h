@@ -34,7 +34,8 @@ struct Options {
   // What the backward pass computes again, each level with those before it: 0 nothing, 1 GELU, 2 layernorms, 3 the
   // projections around attention, 4 the whole block from its input.
   int recompute = 1;
-  int gelu_fusion = 0;  // 0 none, 1 forward, 2 forward and backward
+  int gelu_fusion = 0;       // 0 none, 1 forward, 2 forward and backward
+  bool bias_fusion = false;  // gradients of biases inside the products of the weights' gradients
   // On CUDA in bf16: attention of batches (B,T) by cuDNN. Other shapes, such as a sample's, by our own kernels.
   bool cudnn_attention = false;
   bool tf32 = true;            // on CUDA, fp32 products and attention may round their operands to TF32

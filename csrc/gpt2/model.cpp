@@ -340,6 +340,15 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   gradients_complete_ = last;
 }
 
+void GPT2::backward_parameters(ParameterKind weight, ParameterKind bias, int64_t l, Tensor dout, Tensor x) {
+  if (options_.bias_fusion) {
+    ops_->matmul_bias_backward_weight(gradient(weight, l), gradient(bias, l), dout, x, accumulate_);
+  } else {
+    ops_->matmul_backward_weight(gradient(weight, l), dout, x, accumulate_);
+    ops_->bias_backward(gradient(bias, l), dout, accumulate_);
+  }
+}
+
 // dresidual holds the gradient of residual3 on entry and that of the block's input on return.
 void GPT2::backward_block(int64_t l) {
   const Range range(*ops_, "backward of a block");
@@ -373,29 +382,25 @@ void GPT2::backward_block(int64_t l) {
     ops_->matmul_backward_input(dfch, dresidual, parameter(kFcprojw, l));
     ops_->gelu_backward(dfch, fch);
   }
-  ops_->matmul_backward_weight(gradient(kFcprojw, l), dresidual, fch_gelu, accumulate_);
-  ops_->bias_backward(gradient(kFcprojb, l), dresidual, accumulate_);
+  backward_parameters(kFcprojw, kFcprojb, l, dresidual, fch_gelu);
   if (r == 2) {
     ops_->layernorm_forward(ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual2, parameter(kLn2w, l),
                             parameter(kLn2b, l));
   }
   ops_->matmul_backward_input(dbtc, dfch, parameter(kFcw, l));
-  ops_->matmul_backward_weight(gradient(kFcw, l), dfch, ln2, accumulate_);
-  ops_->bias_backward(gradient(kFcb, l), dfch, accumulate_);
+  backward_parameters(kFcw, kFcb, l, dfch, ln2);
   ops_->layernorm_backward(dresidual, gradient(kLn2w, l), gradient(kLn2b, l), dbtc, residual2, parameter(kLn2w, l),
                            block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), accumulate_);
 
   // Attention
   ops_->matmul_backward_input(dbtc, dresidual, parameter(kAttprojw, l));
-  ops_->matmul_backward_weight(gradient(kAttprojw, l), dresidual, atty, accumulate_);
-  ops_->bias_backward(gradient(kAttprojb, l), dresidual, accumulate_);
+  backward_parameters(kAttprojw, kAttprojb, l, dresidual, atty);
   if (r >= 2) layernorm1();
   if (r == 3) ops_->matmul_forward(qkv, ln1, parameter(kQkvw, l), parameter(kQkvb, l));
   const Tensor dqkv = make_tensor(dfch.data, dfch.dtype, batch_ * seq_, 3 * config_.channels);
   ops_->attention_backward(shaped(dqkv), shaped(dbtc), shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
   ops_->matmul_backward_input(dbtc, dqkv, parameter(kQkvw, l));
-  ops_->matmul_backward_weight(gradient(kQkvw, l), dqkv, ln1, accumulate_);
-  ops_->bias_backward(gradient(kQkvb, l), dqkv, accumulate_);
+  backward_parameters(kQkvw, kQkvb, l, dqkv, ln1);
   ops_->layernorm_backward(dresidual, gradient(kLn1w, l), gradient(kLn1b, l), dbtc, residual, parameter(kLn1w, l),
                            block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), accumulate_);
 }

@@ -107,6 +107,10 @@ class GPT2 {
   float loss();
   float grad_norm();
 
+  // As Ops has them, for the products of the model. With timing, what the next forward and backward compute is of no use.
+  void choose_algorithms(const Algorithms& known, bool timing) { ops_->choose_algorithms(known, timing); }
+  Algorithms algorithms() const { return ops_->algorithms(); }
+
   // What this rank has to say to all of them, until it says otherwise; 0 at first. A complete backward averages it over
   // the ranks together with the loss, so it costs no time; votes() are the averages of the last one, the same bits on all
   // ranks, and wait for the device.
@@ -179,6 +183,8 @@ class GPT2 {
   void forward_attention_projection(int64_t layer);  // to ln2
   void forward_fc(int64_t layer);                    // to the GELU
   void backward_block(int64_t layer);
+  // Gradients of a matrix (OC,IC) and its bias from that of the product's result, dout (b·t,OC), and its input x (b·t,IC).
+  void backward_parameters(ParameterKind weight, ParameterKind bias, int64_t layer, Tensor dout, Tensor x);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);
   void compute_grad_norm(float grad_clip);

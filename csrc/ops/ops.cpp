@@ -15,6 +15,8 @@ void Ops::free_host(void*) {}
 void Ops::fetch(int, const HostCopy*, int64_t) {}
 void Ops::store(int, const HostCopy*, int64_t) {}
 void Ops::finish_stores() {}
+void Ops::choose_algorithms(const Algorithms&, bool) {}
+Algorithms Ops::algorithms() const { return {}; }
 void Ops::begin_range(const char*) {}
 void Ops::end_range() {}
 

@@ -15,8 +15,11 @@
 // bindings (csrc/bindings/ops.cpp), token and target ids were checked to be in [0, V) by the caller.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 
 #include "core/tensor.h"
 
@@ -46,6 +49,12 @@ struct HostCopy {
   Tensor device;
   void* host;
 };
+
+// Which of a library's algorithms computes a product, by a description of the product that names everything the choice
+// depends on. An algorithm is what the library made of it, and of use with the same version on the same kind of device
+// only. Zeros: the product has no part in it, what would be fused is computed apart.
+using Algorithm = std::array<uint64_t, 8>;
+using Algorithms = std::map<std::string, Algorithm>;
 
 class Ops {
  public:
@@ -88,6 +97,14 @@ class Ops {
   virtual void fetch(int slot, const HostCopy* copies, int64_t count);  // device = host
   virtual void store(int slot, const HostCopy* copies, int64_t count);  // host = device
   virtual void finish_stores();                                         // the host waits
+
+  // --- algorithms of products, where a library offers several; GPUs only ---------------------------------------------
+  // Forgets what was chosen before. A product to come takes the algorithm that is known of it, if the library still
+  // accepts that; otherwise, if `timing`, the fastest, which is found when the product is first seen: its result is then
+  // computed many times, so none may be of use; otherwise the library's first. Algorithms round differently.
+  virtual void choose_algorithms(const Algorithms& known, bool timing);
+  // Those known or timed that products have taken since.
+  virtual Algorithms algorithms() const;
 
   // Names what happens until the matching end_range, for profilers. Class Range (below) pairs them.
   virtual void begin_range(const char* name);
@@ -143,6 +160,10 @@ class Ops {
   // dbias +=? Σ_N dout
   //   dbias G (OC); dout X (N,OC)
   virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;
+
+  // The fused form of matmul_backward_weight and bias_backward. With `accumulate` the sum over the rows may be rounded to G
+  // before it is added.
+  virtual void matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) = 0;
 
   // --- GELU, tanh form (Hendrycks and Gimpel 2016) ------------------------------------------------------------------
   // out = 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))

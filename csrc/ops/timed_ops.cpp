@@ -123,6 +123,13 @@ void TimedOps::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
         [&] { ops_->bias_backward(dbias, dout, accumulate); });
 }
 
+void TimedOps::matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) {
+  const int64_t m = dout.last(), n = x.last(), k = dout.rows();
+  timed_product("matmul_bias_backward_weight", m, n, k,
+                bytes_of({dout, x}) + bytes_of_gradients({dweight, dbias}, accumulate),
+                [&] { ops_->matmul_bias_backward_weight(dweight, dbias, dout, x, accumulate); });
+}
+
 void TimedOps::gelu_forward(Tensor out, Tensor x) {
   timed("gelu_forward", 0, bytes_of({out, x}), [&] { ops_->gelu_forward(out, x); });
 }

@@ -47,6 +47,7 @@ class TimedOps final : public Ops {
   void matmul_gelu_backward_input(Tensor dpre, Tensor dout, Tensor weight, Tensor pre) override;
   void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) override;
   void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
+  void matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) override;
   void gelu_forward(Tensor out, Tensor x) override;
   void gelu_backward(Tensor dx, Tensor x) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) override;

@@ -20,6 +20,8 @@ inline int64_t groups(int64_t N, int64_t columns) {
 }
 inline int64_t layernorm_backward(int64_t N, int64_t C) { return groups(N, C) * 2 * C * 4; }
 inline int64_t bias_backward(int64_t N, int64_t OC) { return groups(N, OC) * OC * 4; }
+// cuBLASLt's, and behind it the bias's gradient before it is added.
+inline int64_t matmul_bias_backward_weight(int64_t OC) { return kCublas + OC * 4; }
 
 // Blocks of the reductions of whole buffers to one number, a block's number of threads at most.
 constexpr int64_t kReduceBlocks = 1024;
@@ -37,8 +39,8 @@ inline int64_t cudnn_attention(int64_t B, int64_t NH, int64_t T) {
 
 // What the step of a model with batches (B,T) needs.
 inline int64_t step(int64_t B, int64_t T, int64_t C, int64_t NH, bool cudnn) {
-  return std::max({kCublas, layernorm_backward(B * T, C), bias_backward(B * T, 4 * C), reduce(),
-                   cudnn ? cudnn_attention(B, NH, T) : attention_backward(B, NH, T)});
+  return std::max({matmul_bias_backward_weight(4 * C), layernorm_backward(B * T, C), bias_backward(B * T, 4 * C),
+                   reduce(), cudnn ? cudnn_attention(B, NH, T) : attention_backward(B, NH, T)});
 }
 
 }  // namespace llmc::workspace

@@ -249,6 +249,18 @@ class BiasBackward(Operation):
         return [(step.N, factor * step.C) for factor in (1, 3, 4)]
 
 
+class MatmulBiasBackwardWeight(Product):
+    written = ("dweight", "dbias")
+
+    def arguments(self, draw: Draw, *sizes: int) -> Arguments:
+        N, IC, OC = sizes
+        dout, x = draw.normal(N, OC), draw.normal(N, IC)
+        return {"dweight": draw.room(OC, IC), "dbias": draw.room(OC), "dout": dout, "x": x, "accumulate": False}
+
+    def torch(self, a: Arguments) -> Callable[[], Any]:
+        return lambda: (a["dout"].T @ a["x"], a["dout"].sum(0))
+
+
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +506,7 @@ OPERATIONS: dict[str, Operation] = {
         MatmulGeluBackwardInput(),
         MatmulBackwardWeight(),
         BiasBackward(),
+        MatmulBiasBackwardWeight(),
         GeluForward(),
         GeluBackward(),
         AttentionForward(),

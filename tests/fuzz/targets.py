@@ -22,7 +22,7 @@ import tokenizers
 import torch
 import zstandard
 
-from llmc import _C, checksum, chess_eval, debug_state, hf, hf_tokenizer, inspect_file, plot
+from llmc import _C, algorithms, checksum, chess_eval, debug_state, hf, hf_tokenizer, inspect_file, plot
 from llmc.build import core_config
 from llmc.config import TrainConfig
 from llmc.config_file import read_config_file, write_config_file
@@ -395,6 +395,29 @@ def read_log(path: Path) -> None:
         float(run.log.tokens_per_step)
 
 
+def algorithms_seeds(directory: Path) -> None:
+    algorithms.write_algorithms(directory / "a", {"GPU": {"product": [0, 2**64 - 1] * 4, "other": [0] * 8}, "none": {}})
+
+
+def algorithm_lists_seeds(directory: Path) -> None:
+    algorithms_seeds(directory)
+    (directory / "a").write_text(json.dumps(algorithms.read_algorithms(directory / "a")))
+
+
+def read_algorithm_lists(path: Path) -> None:
+    """The file is the lists alone: with the checksum of what they are."""
+    try:
+        devices = json.loads(path.read_bytes())
+        content = {"format": algorithms.FORMAT, "checksum": algorithms.checksum(devices), "devices": devices}
+    except (ValueError, RecursionError) as error:
+        raise RunError("no lists") from error
+    whole = path.with_name(algorithms.NAME)
+    whole.write_text(json.dumps(content))
+    for products in algorithms.read_algorithms(whole).values():
+        for words in products.values():
+            struct.pack("<8Q", *words)  # as the core takes them
+
+
 def config_toml_seeds(directory: Path) -> None:
     write_config_file(directory / "all", TrainConfig())
     (directory / "few").write_text('batch-size = 8\nlearning_rate = 1e-3\nresume = true\nmodel = "d12"\n')
@@ -503,6 +526,10 @@ TARGETS = {
     "rank_file": Target("x.tiktoken", read_rank_file, rank_file_seeds),
     "main_log": Target("main.log", read_log, log_seeds, words=("trl:", "tel:", "eval:", "norm:", "inf", "1e+30")),
     "json_log": Target("main.jsonl", read_log, json_log_seeds, words=("step", "tokens", "NaN", "1e999", "null")),
+    "algorithms": Target(
+        algorithms.NAME, algorithms.read_algorithms, algorithms_seeds, words=("1e999", "null", "true")
+    ),
+    "algorithm_lists": Target("lists", read_algorithm_lists, algorithm_lists_seeds, words=("1e999", "-1", "9" * 20)),
     "config_toml": Target("config.toml", read_config, config_toml_seeds, words=CONFIG_WORDS),
     "config_yaml": Target(
         "config.yaml", read_config, config_yaml_seeds, words=(*CONFIG_WORDS, "<<:", "&a", "*a", "!!")
