@@ -33,10 +33,9 @@ class CheckpointWriter:
         self.came_from = run.resumed.step if run.resumed else None
         self.damaged = {passed.checkpoint.step for passed in run.passed_over}  # by what was found at the start
         self._copies = Copies(run.model, run.buffers) if run.config.async_checkpoint else None
-        self._saving: Generator[Work, str, None] | None = (
-            None  # between two steps: of the checkpoint that is being written
-        )
-        self._background: Background | None = None  # what that waits for
+        # Of the checkpoint that is being written, if there is one: its part between two steps, and what that waits for.
+        self._saving: Generator[Work, str, None] | None = None
+        self._background: Background | None = None
         self._step = 0  # of the newest one, and how many seconds it took so far
         self._seconds = 0.0
         self._slowest = 0.0

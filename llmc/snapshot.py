@@ -122,9 +122,8 @@ def write(run: "Run", checkpoint: Checkpoint, contents: Contents) -> str:
             if rank == 0:
                 save_units(checkpoint.model, run.shape, run.precision, contents.units, checkpoint.step)
         finally:
-            for (
-                _
-            ) in contents.units:  # rank 0 needs this rank's part, and, if it cannot write, the others need it to go on
+            # Rank 0 needs this rank's part, and, if it cannot write, the others need it to go on.
+            for _ in contents.units:
                 pass
         write_state(checkpoint.state(rank), contents.state, contents.arrays)
         if run.config.keep_checkpoints > 0:  # older ones go: this one must be good
