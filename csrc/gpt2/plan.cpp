@@ -12,8 +12,7 @@ namespace {
 constexpr int64_t kAlignment = 256;                   // bytes, of every buffer
 constexpr int64_t kOffloadPiece = int64_t(1) << 22;   // elements: 16 MiB of m, of v and of master weights
 constexpr int64_t kLogitsBudget = int64_t(64) << 20;  // bytes of a logits chunk that are always granted
-
-constexpr int64_t kTileRows = 128;  // of products on a GPU
+constexpr int64_t kTileRows = 128;                    // of products on a GPU
 
 // Rows of a logits chunk: the chunk shares its memory with the 4C-wide gradient of the blocks, so it may always be as
 // large as that. Chunks are balanced; on a GPU they are of whole tiles, if that leaves room enough.
