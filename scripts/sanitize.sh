@@ -18,7 +18,6 @@ build=$PWD/build/sanitize/$kind
 cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DLLMC_SANITIZE="$kind" -DLLMC_CUDA=OFF >/dev/null
 cmake --build "$build" --target "$target" -j "$(nproc)"
 runtime() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
-export UBSAN_OPTIONS=print_stacktrace=1
 
 if [ "$kind" = thread ]; then
   export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
@@ -39,6 +38,11 @@ export PYTHONMALLOC=malloc # or Python would hand out pieces of larger blocks, w
 export LLMC_CUDASIM=/nonexistent # the simulator wants addresses that the sanitizer has taken; its tests are skipped
 # Python and torch leave much to the end of the process.
 export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1
+# Into files, because pytest keeps what a test prints to itself.
+reports=$build/reports
+rm -rf "$reports"
+mkdir "$reports"
+export ASAN_OPTIONS+=:log_path=$reports/address UBSAN_OPTIONS=print_stacktrace=1:log_path=$reports/undefined
 if [ $# = 0 ]; then
   set -- tests/test_ops_*.py tests/test_model.py tests/test_extend.py tests/test_timed_ops.py tests/test_plan.py \
     tests/test_bindings.py tests/test_random.py tests/test_communicators.py tests/test_chess_rules.py \
@@ -48,4 +52,10 @@ if [ $# = 0 ]; then
     --deselect "tests/test_model.py::test_debug_state[(1024, 50257, 12, 12, 768, 4, 64)]" \
     --deselect tests/test_model.py::test_ten_steps_of_d12_follow_pytorch # too large
 fi
-exec pytest -q -p sanitized -p no:cacheprovider "$@" # (python -m would put llmc as it is in this folder first)
+status=0
+pytest -q -p sanitized -p no:cacheprovider "$@" || status=$? # (python -m would find llmc in this folder first)
+unset LD_PRELOAD
+for report in "$reports"/*; do
+  if [ -e "$report" ]; then cat "$report" && status=1; fi
+done
+exit "$status"
