@@ -220,7 +220,8 @@ def test_evaluate_leaves_the_step_alone():
     losses = model.evaluate(x, y)
     assert torch.equal(model.evaluate(x, y), losses)
     assert losses.shape == x.shape
-    assert abs(float(losses.mean()) - loss) <= 1e-6
+    # The most that an fp32 sum can be off, in any order: that of the loss depends on the compiler's vectors.
+    assert abs(float(losses.double().mean()) - loss) <= losses.numel() * 2**-24 * loss
     assert model.loss() == loss
     assert torch.equal(model.gradients()["h0.fcw"], gradient)
 
