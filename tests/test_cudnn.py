@@ -104,7 +104,10 @@ def workspace(B, T, NH, HS):
 
 
 def test_its_workspace_is_planned():
-    """(T,T) in bf16 for each head, tiles of 64 by 128, and a sum in fp32 of each row; 32 MiB and 4C sums in fp32 are planned anyway."""
+    """(T,T) in bf16 for each head, tiles of 64 by 128, and a sum in fp32 of each row.
+
+    32 MiB and 4C sums in fp32 are planned anyway.
+    """
     assert workspace(64, 1024, 12, 64) == 64 * 12 * (1024 * 1024 * 2 + 1024 * 4) + 256
     assert workspace(16, 1000, 25, 64) == 16 * 25 * (1024 * 1024 * 2 + 1000 * 4) + 256
     assert workspace(64, 520, 12, 64) == 64 * 12 * (576 * 640 * 2 + 520 * 4) + 256
