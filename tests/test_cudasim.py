@@ -25,8 +25,11 @@ HOST_TO_DEVICE, DEVICE_TO_HOST = devices.HOST_TO_DEVICE, devices.DEVICE_TO_HOST
 # driver_types.h
 SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONFIGURATION = 0, 1, 2, 9
 NO_DEVICE, INVALID_HANDLE, NOT_READY = 100, 400, 600
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED, CAPTURE_MERGE, CAPTURE_UNMATCHED, CAPTURE_UNJOINED = 900, 901, 902, 903, 904
+CAPTURE_ISOLATION, CAPTURE_IMPLICIT, CAPTURED_EVENT, CAPTURE_WRONG_THREAD, UPDATE_FAILURE = 905, 906, 907, 908, 910
 ILLEGAL_ADDRESS, TIMEOUT, STACK_ERROR, MISALIGNED, LAUNCH_FAILURE = 700, 702, 714, 716, 719
 NON_BLOCKING = 1
+CAPTURE_THREAD_LOCAL = 1
 MAX_DYNAMIC_SHARED = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
 
 # What each bug of errors.cu must be reported as (a regular expression), and the status that the program gets: races and
@@ -76,12 +79,26 @@ ERRORS = {
     "block_too_deep": ("launch-limit", INVALID_CONFIGURATION),
     "grid_too_high": ("launch-limit", INVALID_CONFIGURATION),
     "empty_grid": ("launch-limit", INVALID_CONFIGURATION),
+    "capture_synchronize": ("stream-capture", CAPTURE_UNSUPPORTED),
+    "capture_query": ("stream-capture", CAPTURED_EVENT),
+    "capture_device": ("stream-capture", CAPTURE_UNSUPPORTED),
+    "capture_legacy": ("stream-capture", CAPTURE_IMPLICIT),
+    "capture_allocation": ("stream-capture", CAPTURE_UNSUPPORTED),
+    "capture_pageable": ("stream-capture", CAPTURE_UNSUPPORTED),
+    "capture_unjoined": ("stream-capture", CAPTURE_UNJOINED),
+    "capture_isolation": ("stream-capture", CAPTURE_ISOLATION),
+    "capture_merge": ("stream-capture", CAPTURE_MERGE),
+    "capture_unmatched": ("stream-capture", CAPTURE_UNMATCHED),
+    "capture_thread": ("stream-capture", CAPTURE_WRONG_THREAD),
+    "capture_invalidated": ("stream-capture", CAPTURE_INVALIDATED),
+    "captured_event": ("stream-capture", CAPTURED_EVENT),
 }
 # Those that need no checker: kernels compiled for speed show them as well (misaligned by the processor's own check).
 SEEN_BY_FAST = [
     *("far_outside", "negative_index", "misaligned", "use_after_free", "stack_overflow", "trap", "double_free"),
     *("divergent_barrier", "not_in_own_mask", "lanes_have_exited", "masks_differ", "operations_differ", "deadlock"),
     *("copy_direction", "copy_too_long", "opt_in", "block_too_large", "block_too_deep", "grid_too_high", "empty_grid"),
+    *(name for name in ERRORS if name.startswith("capture")),
 ]
 
 
@@ -229,7 +246,7 @@ def test_bug_is_reported(checked: Simulator, name: str, schedule: str) -> None:
     places = marked_places(name)
     right = [r for r in reports if re.match(f"{kind}: ", r) and all(re.search(rf"{p}\b", r) for p in places)]
     assert right, f"no {kind} with {places} in {reports}"
-    if places and kind != "host-access":
+    if places and kind not in ("host-access", "stream-capture"):  # the host's own
         assert "kernel " in right[0] and "block (" in right[0] and "thread (" in right[0]
     assert len(set(reports)) == len(reports), "a place was reported twice"
 
@@ -528,6 +545,100 @@ def test_destroyed_handles_are_reported(sim: Simulator) -> None:
     assert sim.cudaStreamSynchronize(stream) == INVALID_HANDLE
     assert sim.cudaEventRecord(event, None) == INVALID_HANDLE
     assert [report.split(":")[0] for report in sim.reports()] == ["bad-handle"] * 2
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def begin_capture(sim: Simulator, stream: ctypes.c_void_p) -> None:
+    assert sim.cudaStreamBeginCapture(stream, CAPTURE_THREAD_LOCAL) == SUCCESS
+
+
+def end_capture(sim: Simulator, stream: ctypes.c_void_p) -> ctypes.c_void_p:
+    graph = ctypes.c_void_p()
+    assert sim.cudaStreamEndCapture(stream, ctypes.byref(graph)) == SUCCESS
+    return graph
+
+
+def instantiate(sim: Simulator, graph: ctypes.c_void_p) -> ctypes.c_void_p:
+    executable = ctypes.c_void_p()
+    assert sim.cudaGraphInstantiate(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)) == SUCCESS
+    assert sim.cudaGraphDestroy(graph) == SUCCESS
+    return executable
+
+
+def additions(sim: Simulator, stream: ctypes.c_void_p, x: int, *values: float) -> ctypes.c_void_p:
+    """A graph that adds the values to x[:4]."""
+    begin_capture(sim, stream)
+    for value in values:
+        add(sim, x, 4, value, stream)
+    return end_capture(sim, stream)
+
+
+def test_a_graph_does_what_was_captured(sim: Simulator) -> None:
+    stream, x, staging = sim.stream(), sim.upload(np.zeros(4, np.float32)), sim.pinned(4)
+    staging[:] = 5
+    begin_capture(sim, stream)
+    sim.copy_async(x, staging.ctypes.data, 16, HOST_TO_DEVICE, stream)
+    add(sim, x, 4, 1, stream)
+    executable = instantiate(sim, end_capture(sim, stream))
+    assert sim.download(x, staging).tolist() == [0] * 4  # nothing has run
+    before = sim.cudasim_launch_count()
+    for value in (5, 7):  # what is in the buffer when it runs
+        staging[:] = value
+        assert sim.cudaGraphLaunch(executable, stream) == SUCCESS
+        assert sim.download(x, staging).tolist() == [value + 1] * 4
+    assert sim.cudasim_launch_count() == before + 2
+    assert sim.cudaGraphExecDestroy(executable) == SUCCESS
+    assert sim.cudaGraphLaunch(executable, stream) == INVALID_VALUE
+    assert [report.split(":")[0] for report in sim.reports()] == ["bad-handle"]
+    sim.free(x)
+
+
+def test_an_update_is_for_later_launches(lazy: Simulator) -> None:
+    stream, x = lazy.stream(), lazy.upload(np.zeros(4, np.float32))
+    executable = instantiate(lazy, additions(lazy, stream, x, 1))
+    assert lazy.cudaGraphLaunch(executable, stream) == SUCCESS
+    info = (ctypes.c_longlong * 4)()
+    assert lazy.cudaGraphExecUpdate(executable, additions(lazy, stream, x, 10), info) == SUCCESS
+    assert lazy.cudaGraphLaunch(executable, stream) == SUCCESS
+    assert lazy.cudaGraphExecUpdate(executable, additions(lazy, stream, x, 100, 100), info) == UPDATE_FAILURE
+    assert lazy.cudaGraphLaunch(executable, stream) == SUCCESS
+    assert lazy.cudaStreamSynchronize(stream) == SUCCESS
+    assert lazy.download(x, np.empty(4, np.float32)).tolist() == [21] * 4
+    lazy.free(x)
+
+
+@pytest.mark.parametrize("schedule", ["forward", "reverse"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_fork_that_is_joined_too_late_shows(sim: Simulator, joined: bool, schedule: str) -> None:
+    main, side, fork, join = sim.stream(), sim.stream(), sim.event(), sim.event()
+    x, result = sim.upload(np.zeros(4, np.float32)), sim.pinned(4)
+    begin_capture(sim, main)
+    assert sim.cudaEventRecord(fork, main) == SUCCESS
+    assert sim.cudaStreamWaitEvent(side, fork, 0) == SUCCESS
+    add(sim, x, 4, 1, side)
+    assert sim.cudaEventRecord(join, side) == SUCCESS
+    if joined:
+        assert sim.cudaStreamWaitEvent(main, join, 0) == SUCCESS
+    sim.copy_async(result.ctypes.data, x, 16, DEVICE_TO_HOST, main)
+    if not joined:
+        assert sim.cudaStreamWaitEvent(main, join, 0) == SUCCESS
+    executable = instantiate(sim, end_capture(sim, main))
+    assert sim.cudasim_set_schedule(schedule.encode()) == 1
+    assert sim.cudaGraphLaunch(executable, main) == SUCCESS
+    assert sim.cudaStreamSynchronize(main) == SUCCESS
+    assert result.tolist() == [1 if joined or schedule == "forward" else 0] * 4
+    sim.free(x)
+
+
+def test_a_graph_of_memory_that_is_gone(checked: Simulator) -> None:
+    stream, x = checked.stream(), checked.upload(np.zeros(4, np.float32))
+    executable = instantiate(checked, additions(checked, stream, x, 1))
+    checked.free(x)
+    assert checked.cudaGraphLaunch(executable, stream) == SUCCESS
+    assert checked.cudaStreamSynchronize(stream) == ILLEGAL_ADDRESS
+    assert [report.split(":")[0] for report in checked.reports()] == ["use-after-free"]
 
 
 # --- device and memory -----------------------------------------------------------------------------------------------

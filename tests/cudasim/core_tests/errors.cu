@@ -3,6 +3,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <thread>
 
 #include "launch.h"
 
@@ -435,6 +436,185 @@ cudaError_t run_opt_in() {
   return run_simple(kernel, 1, 32, 64 << 10);
 }
 
+// --- stream capture --------------------------------------------------------------------------------------------------
+
+struct Streams {
+  cudaStream_t main = nullptr, side = nullptr;
+  cudaEvent_t event = nullptr, join = nullptr;
+  float* x = make_zeros();
+
+  Streams() {
+    for (cudaStream_t* stream : {&main, &side}) cudaStreamCreate(stream);
+    for (cudaEvent_t* each : {&event, &join}) cudaEventCreateWithFlags(each, cudaEventDisableTiming);
+  }
+  ~Streams() {
+    for (const cudaStream_t stream : {main, side}) cudaStreamDestroy(stream);
+    for (const cudaEvent_t each : {event, join}) cudaEventDestroy(each);
+    cudaFree(x);
+  }
+  cudaError_t add(cudaStream_t stream) {
+    return launch(sum_without_atomic<true>, 1, 1, 0, stream, reinterpret_cast<int*>(x));
+  }
+  // `to` goes on after what is in `from`.
+  cudaError_t order(cudaStream_t from, cudaStream_t to, cudaEvent_t by) {
+    const cudaError_t status = cudaEventRecord(by, from);
+    return status ? status : cudaStreamWaitEvent(to, by, 0);
+  }
+};
+
+// Ends the capture and runs its graph. status: of what was captured. Returns the first error.
+cudaError_t run_graph(cudaStream_t stream, cudaError_t status) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(stream, &graph);  // here: capture_unjoined
+  if (!status) status = ended;
+  if (!graph) return status;
+  if (!status) status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  if (!status) status = cudaGraphLaunch(executable, stream);
+  if (!status) status = cudaStreamSynchronize(stream);
+  if (executable) cudaGraphExecDestroy(executable);
+  return status;
+}
+
+template <typename Body>
+cudaError_t run_captured(Body body) {
+  Streams s;
+  cudaStreamBeginCapture(s.main, cudaStreamCaptureModeThreadLocal);
+  const cudaError_t first = s.add(s.main), status = body(s);
+  return run_graph(s.main, first ? first : status);
+}
+
+template <bool kWrong>
+cudaError_t run_capture_synchronize() {
+  return run_captured([](Streams& s) {
+    if (!kWrong) return cudaSuccess;
+    return cudaStreamSynchronize(s.main);  // here: capture_synchronize
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_query() {
+  return run_captured([](Streams& s) {
+    cudaEventRecord(s.event, s.main);
+    if (!kWrong) return cudaSuccess;
+    return cudaEventQuery(s.event);  // here: capture_query
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_device() {
+  return run_captured([](Streams&) {
+    if (!kWrong) return cudaSuccess;
+    return cudaDeviceSynchronize();  // here: capture_device
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_legacy() {
+  return run_captured([](Streams& s) {
+    return cudaMemsetAsync(s.x, 0, 4, kWrong ? nullptr : s.main);  // here: capture_legacy
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_allocation() {
+  float* more = nullptr;
+  const cudaError_t status = run_captured([&](Streams&) {
+    if (!kWrong) return cudaSuccess;
+    return cudaMalloc(reinterpret_cast<void**>(&more), 4);  // here: capture_allocation
+  });
+  cudaFree(more);
+  return status;
+}
+
+template <bool kWrong>
+cudaError_t run_capture_pageable() {
+  float pageable = 0, *pinned = nullptr;
+  cudaMallocHost(reinterpret_cast<void**>(&pinned), 4);
+  *pinned = 0;
+  const cudaError_t status = run_captured([&](Streams& s) {
+    const float* from = kWrong ? &pageable : pinned;
+    return cudaMemcpyAsync(s.x, from, 4, cudaMemcpyHostToDevice, s.main);  // here: capture_pageable
+  });
+  cudaFreeHost(pinned);
+  return status;
+}
+
+template <bool kWrong>
+cudaError_t run_capture_unjoined() {
+  return run_captured([](Streams& s) {
+    s.order(s.main, s.side, s.event);
+    const cudaError_t status = s.add(s.side);
+    return kWrong ? status : s.order(s.side, s.main, s.join);
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_isolation() {
+  return run_captured([](Streams& s) {
+    cudaEventRecord(s.event, kWrong ? s.side : s.main);
+    return cudaStreamWaitEvent(s.main, s.event, 0);  // here: capture_isolation
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_merge() {
+  return run_captured([](Streams& s) {
+    if (kWrong) cudaStreamBeginCapture(s.side, cudaStreamCaptureModeThreadLocal);
+    cudaEventRecord(s.event, s.main);
+    cudaError_t status = cudaStreamWaitEvent(s.side, s.event, 0);  // here: capture_merge
+    if (!status) status = s.order(s.side, s.main, s.join);
+    cudaGraph_t none = nullptr;
+    if (kWrong) cudaStreamEndCapture(s.side, &none);
+    return status;
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_unmatched() {
+  return run_captured([](Streams& s) {
+    s.order(s.main, s.side, s.event);
+    s.order(s.side, s.main, s.join);
+    cudaGraph_t none = nullptr;
+    if (!kWrong) return cudaSuccess;
+    return cudaStreamEndCapture(s.side, &none);  // here: capture_unmatched
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_thread() {
+  return run_captured([](Streams& s) {
+    if (!kWrong) return cudaSuccess;
+    cudaError_t status = cudaSuccess;
+    std::thread([&] {
+      cudaGraph_t none = nullptr;
+      status = cudaStreamEndCapture(s.main, &none);  // here: capture_thread
+    }).join();
+    return status;
+  });
+}
+
+template <bool kWrong>
+cudaError_t run_capture_invalidated() {
+  return run_captured([](Streams& s) {
+    if (kWrong) cudaStreamSynchronize(s.main);
+    return s.add(s.main);
+  });
+}
+
+// The event stands for nodes of a graph, not for work that a stream could wait for.
+template <bool kWrong>
+cudaError_t run_captured_event() {
+  Streams s;
+  cudaStreamBeginCapture(s.main, cudaStreamCaptureModeThreadLocal);
+  cudaEventRecord(s.event, s.main);
+  const cudaError_t first = run_graph(s.main, s.add(s.main));
+  if (!kWrong) cudaEventRecord(s.event, s.main);
+  const cudaError_t status = cudaStreamWaitEvent(s.side, s.event, 0);  // here: captured_event
+  return first ? first : status;
+}
+
 template <bool kWrong>
 std::map<std::string, cudaError_t (*)()> cases() {
   return {
@@ -481,6 +661,19 @@ std::map<std::string, cudaError_t (*)()> cases() {
       {"block_too_large", [] { return run_simple(nothing, 1, kWrong ? 1025 : 1024); }},
       {"block_too_deep", [] { return run_simple(nothing, 1, dim3(1, 1, kWrong ? 65 : 64)); }},
       {"grid_too_high", [] { return run_simple(nothing, dim3(1, kWrong ? 65536 : 2), 1); }},
+      {"capture_synchronize", run_capture_synchronize<kWrong>},
+      {"capture_query", run_capture_query<kWrong>},
+      {"capture_device", run_capture_device<kWrong>},
+      {"capture_legacy", run_capture_legacy<kWrong>},
+      {"capture_allocation", run_capture_allocation<kWrong>},
+      {"capture_pageable", run_capture_pageable<kWrong>},
+      {"capture_unjoined", run_capture_unjoined<kWrong>},
+      {"capture_isolation", run_capture_isolation<kWrong>},
+      {"capture_merge", run_capture_merge<kWrong>},
+      {"capture_unmatched", run_capture_unmatched<kWrong>},
+      {"capture_thread", run_capture_thread<kWrong>},
+      {"capture_invalidated", run_capture_invalidated<kWrong>},
+      {"captured_event", run_captured_event<kWrong>},
       {"empty_grid", [] { return run_simple(nothing, kWrong ? 0 : 1, 1); }},
   };
 }

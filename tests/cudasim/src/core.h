@@ -52,12 +52,15 @@ unsigned random_below(unsigned n);  // from the schedule's seed
 // Every function of the runtime begins with one of these: one caller at a time, and no work after a failed kernel.
 class ApiCall {
  public:
-  ApiCall();
+  // caller: where the function returns to.
+  explicit ApiCall(const void* caller = __builtin_return_address(0));
+  ~ApiCall();
   cudaError_t error;  // no device, or the sticky error of a failed kernel
 
  private:
   std::lock_guard<std::recursive_mutex> lock_;
 };
+const void* api_caller();                  // of the function of the runtime that the program has called
 cudaError_t fail(cudaError_t error);       // notes it for cudaGetLastError
 void set_sticky_error(cudaError_t error);  // until cudasim_clear()
 cudaError_t sticky_error();
@@ -88,10 +91,15 @@ std::string describe_address(const void* p);
 
 // --- streams.cpp -----------------------------------------------------------------------------------------------------
 
-// Like enqueue, cudaStreamSynchronize and cudaDeviceSynchronize, for callers that hold an ApiCall.
-cudaError_t submit(cudaStream_t stream, std::function<void()> work);
+// Like enqueue, cudaStreamSynchronize and cudaDeviceSynchronize, for callers that hold an ApiCall. kind: of the node that
+// the work is in a graph: kernel, memcpy, memset, library.
+cudaError_t submit(cudaStream_t stream, const char* kind, std::function<void()> work);
 cudaError_t synchronize(cudaStream_t stream);
 void synchronize_all();
+
+// --- launch.cpp ------------------------------------------------------------------------------------------------------
+
+void count_launch();  // of a kernel or a graph, by the host
 
 // --- modules.cpp -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ std::recursive_mutex& api_mutex() {
   static std::recursive_mutex mutex;
   return mutex;
 }
+const void* caller_of_api = nullptr;
+int calls = 0;  // of the runtime by itself, and the program's
 cudaError_t last_error = cudaSuccess;
 cudaError_t sticky = cudaSuccess;
 
@@ -33,6 +35,26 @@ constexpr ErrorText error_texts[] = {
     {cudaErrorLaunchTimeout, "cudaErrorLaunchTimeout", "the launch timed out and was terminated"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
+    {cudaErrorStreamCaptureMerge, "cudaErrorStreamCaptureMerge",
+     "operation would result in a merge of separate capture sequences"},
+    {cudaErrorStreamCaptureUnmatched, "cudaErrorStreamCaptureUnmatched",
+     "capture was not ended in the same stream as it began"},
+    {cudaErrorStreamCaptureUnjoined, "cudaErrorStreamCaptureUnjoined", "capturing stream has unjoined work"},
+    {cudaErrorStreamCaptureIsolation, "cudaErrorStreamCaptureIsolation",
+     "dependency created on uncaptured work in another stream"},
+    {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
+    {cudaErrorCapturedEvent, "cudaErrorCapturedEvent",
+     "operation not permitted on an event last recorded in a capturing stream"},
+    {cudaErrorStreamCaptureWrongThread, "cudaErrorStreamCaptureWrongThread",
+     "attempt to terminate a thread-local capture sequence from another thread"},
+    {cudaErrorGraphExecUpdateFailure, "cudaErrorGraphExecUpdateFailure",
+     "the graph update was not performed because it included changes which violated constraints specific to "
+     "instantiated graph update"},
 };
 
 const ErrorText* find_text(cudaError_t error) {
@@ -43,10 +65,15 @@ const ErrorText* find_text(cudaError_t error) {
 
 }  // namespace
 
-ApiCall::ApiCall() : lock_(api_mutex()) {
+ApiCall::ApiCall(const void* caller) : lock_(api_mutex()) {
+  if (calls++ == 0) caller_of_api = caller;
   error = settings().devices == 0 ? cudaErrorNoDevice : sticky;
   if (error) last_error = error;
 }
+
+ApiCall::~ApiCall() { calls--; }
+
+const void* api_caller() { return caller_of_api; }
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 

@@ -4,6 +4,7 @@
 
 #include "core.h"
 #include "cudasim/control.h"
+#include "streams.h"
 
 namespace cudasim {
 namespace {
@@ -60,12 +61,15 @@ unsigned char* dynamic_shared() {
   return static_cast<unsigned char*>(memory);
 }
 
+void count_launch() { launches++; }
+
 cudaError_t launch(const cudaLaunchConfig_t* config, const Launch& launch) {
   const ApiCall call;
   if (call.error) return call.error;
   if (cudaError_t error = check_launch(*config, launch)) return fail(error);
-  launches++;
-  return submit(config->stream,
+  const auto stream = find_stream(config->stream);
+  if (stream && !stream->captured.in) count_launch();
+  return submit(config->stream, "kernel",
                 [launch, grid = config->gridDim, block = config->blockDim, dynamic_bytes = config->dynamicSmemBytes] {
                   if (cudaError_t error = run_grid(launch, grid, block, dynamic_bytes)) set_sticky_error(error);
                 });

@@ -12,9 +12,11 @@
 #include <map>
 #include <vector>
 
+#include "capture.h"
 #include "checker.h"
 #include "core.h"
 #include "cudasim/control.h"
+#include "streams.h"
 
 namespace cudasim {
 namespace {
@@ -147,18 +149,24 @@ cudaError_t check_direction(const void* to, const void* from, size_t bytes, cuda
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (cudaError_t error = check_direction(to, from, bytes, kind)) return error;
   if (bytes == 0) return cudaSuccess;
-  if (!in_arena(from) && !is_pinned(from, bytes)) {
+  const bool pageable_source = !in_arena(from) && !is_pinned(from, bytes);
+  const bool pageable_target = !in_arena(to) && !is_pinned(to, bytes);
+  if (pageable_source || pageable_target) {
+    const auto found = find_stream(stream);
+    if (found && found->captured.in) return refuse_in_capture("a copy of pageable memory", found.get());
+  }
+  if (pageable_source) {
     const char* source = static_cast<const char*>(from);
     std::vector<char> staged(source, source + bytes);
-    return submit(stream, [=, staged = std::move(staged)] { copy_now(to, staged.data(), bytes); });
+    return submit(stream, "memcpy", [=, staged = std::move(staged)] { copy_now(to, staged.data(), bytes); });
   }
-  if (cudaError_t error = submit(stream, [=] { copy_now(to, from, bytes); })) return error;
-  return in_arena(to) || is_pinned(to, bytes) ? cudaSuccess : synchronize(stream);
+  if (cudaError_t error = submit(stream, "memcpy", [=] { copy_now(to, from, bytes); })) return error;
+  return pageable_target ? synchronize(stream) : cudaSuccess;
 }
 
 cudaError_t fill(void* p, int value, size_t bytes, cudaStream_t stream) {
   if (!check_bounds(p, bytes, "memset")) return fail(cudaErrorInvalidValue);
-  return submit(stream, [=] {
+  return submit(stream, "memset", [=] {
     if (check_write(p, bytes, "memset")) std::memset(p, value, bytes);
   });
 }
@@ -226,6 +234,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   const ApiCall call;
   *p = nullptr;
   if (call.error) return call.error;
+  if (cudaError_t error = refuse_in_capture("cudaMalloc")) return error;
   if (bytes == 0) return cudaSuccess;
   *p = allocate(bytes);
   return *p ? cudaSuccess : fail(cudaErrorMemoryAllocation);
@@ -236,6 +245,7 @@ cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaM
 // After a failed kernel the memory is freed all the same, so that a test can go on after cudasim_clear().
 cudaError_t cudaFree(void* p) {
   const ApiCall call;
+  if (cudaError_t error = refuse_in_capture("cudaFree")) return error;
   synchronize_all();
   const cudaError_t error = free_device(p);
   return call.error ? call.error : error;
@@ -244,13 +254,14 @@ cudaError_t cudaFree(void* p) {
 cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
   const ApiCall call;
   if (call.error) return cudaFree(p);
-  return submit(stream, [p] { free_device(p); });
+  return submit(stream, "free", [p] { free_device(p); });
 }
 
 cudaError_t cudaMallocHost(void** p, size_t bytes) {
   const ApiCall call;
   *p = nullptr;
   if (call.error) return call.error;
+  if (cudaError_t error = refuse_in_capture("cudaMallocHost")) return error;
   if (bytes == 0) return cudaSuccess;
   *p = std::aligned_alloc(kPage, round_up(bytes, kPage));
   if (!*p) return fail(cudaErrorMemoryAllocation);
@@ -264,6 +275,7 @@ cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return cudaMallocH
 cudaError_t cudaFreeHost(void* p) {
   const ApiCall call;
   if (!p) return cudaSuccess;
+  if (cudaError_t error = refuse_in_capture("cudaFreeHost")) return error;
   synchronize_all();
   if (pinned.erase(static_cast<const char*>(p)) == 0) {
     report("bad-free", "cudaFreeHost of %p, which is not pinned memory", p);

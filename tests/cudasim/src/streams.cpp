@@ -3,46 +3,19 @@
 // Usually work runs in the call that submits it. In lazy mode it is queued and runs only when something waits for it,
 // and then only what that needs: a missing wait or a host buffer that is written too early shows as stale or wrong
 // data.
-#include <deque>
-#include <memory>
-#include <set>
-#include <vector>
+#include "streams.h"
 
-#include "core.h"
+#include <set>
+
+#include "capture.h"
 
 namespace cudasim {
-namespace {
 
-struct Stream;
-// The first `position` operations of a stream.
-struct Point {
-  std::shared_ptr<Stream> stream;
-  uint64_t position;
-};
-struct Operation {
-  std::function<void()> work;
-  std::vector<Point> after;
-};
-struct Stream {
-  bool blocking = true;  // ordered with the default stream
-  uint64_t submitted = 0, done = 0;
-  std::deque<Operation> pending;
-};
-
-struct Event {
-  bool timing = true;
-  Point recorded{nullptr, 0};
-  std::shared_ptr<double> time;  // on the simulated clock; null: never recorded
-};
-
-std::vector<std::shared_ptr<Stream>>& streams() {  // the first is the legacy default stream
+std::vector<std::shared_ptr<Stream>>& streams() {
   static std::vector<std::shared_ptr<Stream>> streams{std::make_shared<Stream>()};
   return streams;
 }
-std::set<Event*> events;
-double simulated_clock = 0;  // milliseconds
 
-// Null if the handle is not a stream.
 std::shared_ptr<Stream> find_stream(cudaStream_t handle) {
   if (!handle || handle == cudaStreamLegacy) return streams()[0];
   for (const auto& stream : streams())
@@ -50,6 +23,11 @@ std::shared_ptr<Stream> find_stream(cudaStream_t handle) {
   report("bad-handle", "%p is not a stream", static_cast<void*>(handle));
   return nullptr;
 }
+
+namespace {
+
+std::set<Event*> events;
+double simulated_clock = 0;  // milliseconds
 
 Event* find_event(cudaEvent_t handle) {
   auto* event = reinterpret_cast<Event*>(handle);
@@ -96,16 +74,18 @@ cudaError_t poll(const Point& point) {
 
 }  // namespace
 
-cudaError_t submit(cudaStream_t handle, std::function<void()> work) {
+cudaError_t submit(cudaStream_t handle, const char* kind, std::function<void()> work) {
   const auto stream = find_stream(handle);
   if (!stream) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_implicit(*stream)) return error;
+  if (stream->captured.in) return capture(*stream, kind, std::move(work));
   submit_after(stream, {}, std::move(work));
   return cudaSuccess;
 }
 
 void enqueue(cudaStream_t stream, std::function<void()> work) {
   const ApiCall call;
-  submit(stream, std::move(work));
+  submit(stream, "library", std::move(work));
 }
 
 void pass_time(double milliseconds) { simulated_clock += milliseconds; }
@@ -113,6 +93,8 @@ void pass_time(double milliseconds) { simulated_clock += milliseconds; }
 cudaError_t synchronize(cudaStream_t handle) {
   const auto stream = find_stream(handle);
   if (!stream) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_implicit(*stream)) return error;
+  if (cudaError_t error = refuse_in_capture("waiting for a stream", stream.get())) return error;
   run_until(end_of(stream));
   return sticky_error();
 }
@@ -160,6 +142,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   const ApiCall call;
   const auto stream = find_stream(handle);
   if (!stream || stream == streams()[0]) return fail(cudaErrorInvalidResourceHandle);
+  if (stream->captured.in) refuse_in_capture("destroying the stream", stream.get());
   run_until(end_of(stream));
   for (auto it = streams().begin(); it != streams().end(); ++it) {
     if (*it == stream) {
@@ -179,7 +162,10 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
   const ApiCall call;
   if (call.error) return call.error;
   const auto stream = find_stream(handle);
-  return stream ? poll(end_of(stream)) : fail(cudaErrorInvalidResourceHandle);
+  if (!stream) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_implicit(*stream)) return error;
+  if (cudaError_t error = refuse_in_capture("querying a stream", stream.get())) return error;
+  return poll(end_of(stream));
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
@@ -188,6 +174,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   const auto stream = find_stream(handle);
   Event* event = find_event(event_handle);
   if (!stream || !event) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_implicit(*stream)) return error;
+  if (stream->captured.in || event->captured.in) return capture_wait(*stream, *event);
   if (event->time) submit_after(stream, {event->recorded}, {});
   return cudaSuccess;
 }
@@ -195,6 +183,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
 cudaError_t cudaDeviceSynchronize() {
   const ApiCall call;
   if (call.error) return call.error;
+  if (cudaError_t error = refuse_beside_captures("waiting for the device")) return error;
   synchronize_all();
   return sticky_error();
 }
@@ -228,6 +217,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   const auto stream = find_stream(stream_handle);
   Event* event = find_event(handle);
   if (!stream || !event) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_implicit(*stream)) return error;
+  if (stream->captured.in) return capture_record(*stream, *event);
+  event->captured = {};
   event->time = std::make_shared<double>();
   event->recorded = {stream, stream->submitted + 1};
   submit_after(stream, {}, [time = event->time] { *time = simulated_clock; });
@@ -239,6 +231,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (call.error) return call.error;
   Event* event = find_event(handle);
   if (!event) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_event("waiting for an event", *event)) return error;
   if (event->time) run_until(event->recorded);
   return sticky_error();
 }
@@ -248,6 +241,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (call.error) return call.error;
   Event* event = find_event(handle);
   if (!event) return fail(cudaErrorInvalidResourceHandle);
+  if (cudaError_t error = refuse_event("querying an event", *event)) return error;
   return event->time ? poll(event->recorded) : cudaSuccess;
 }
 

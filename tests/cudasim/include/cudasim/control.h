@@ -36,7 +36,8 @@ const char* cudasim_traffic(void);
 // Whether p points into the simulator's device memory.
 int cudasim_is_device_pointer(const void* p);
 
-// Number of kernels launched since the library was loaded.
+// Number of kernels and graphs launched since the library was loaded; kernels that are captured, or that graphs launch,
+// do not count.
 unsigned long long cudasim_launch_count(void);
 
 // 1: counts the accesses to shared memory of the checked kernels that run from now on, from zero. 0: stops.
