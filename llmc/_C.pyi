@@ -76,6 +76,7 @@ class Options:
         offload_piece: int = 0,
         cudnn_attention: bool = False,
         bias_fusion: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -107,6 +108,8 @@ class Options:
     def cudnn_attention(self) -> bool: ...
     @property
     def bias_fusion(self) -> bool: ...
+    @property
+    def cuda_graphs(self) -> bool: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1

@@ -106,6 +106,8 @@ def core_options(
         raise UsageError(f"--attention cudnn needs --precision bf16, this run is in {precision}: use --attention flash")
     if cudnn and config.seq_len == 1:
         raise UsageError("--attention cudnn needs -t 2 or more, -t is 1: use --attention flash")
+    if config.cuda_graphs and not device.is_cuda:
+        raise UsageError("--cuda-graphs 1 has no effect on a CPU, which launches no kernels: drop it")
     return _C.Options(
         batch_size=config.batch_size if batch_size is None else batch_size,
         seq_len=config.seq_len,
@@ -120,6 +122,7 @@ def core_options(
         tf32=config.tf32,
         offload_optimizer=config.offload_optimizer,
         cudnn_attention=cudnn,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

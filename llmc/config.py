@@ -179,6 +179,9 @@ class TrainConfig:
         one_of("flash", "cudnn"),
         "attention by our own flash kernels, or in bf16 on a GPU by cuDNN: a build with LLMC_CUDNN=ON",
     )
+    cuda_graphs: bool = flag(
+        "", False, "numerics", ANY, "1: the CPU launches a pass on a GPU, and the update, as one; the same bits"
+    )
     recompute: int = flag(
         "-r",
         1,

@@ -189,13 +189,15 @@ class Step:
     def backward(self, micro_step: int) -> Iterator[Event]:
         last_micro_step = micro_step == self.accumulation_steps - 1
         accumulate = self.accumulates(micro_step)
-        if micro_step == 0:
-            if self.stage >= 2:
-                yield memset("gradients", 4 * sum(self.unit_sizes) / self.world_size)
-            yield memset("losses", 4 * self.N)
+        if micro_step == 0 and self.stage >= 2:
+            yield memset("gradients", 4 * sum(self.unit_sizes) / self.world_size)
         yield from self.open_gradients(0)
         yield from self.open_gradients(self.last_unit)
+        if micro_step == 0:
+            yield memset("losses", 4 * self.N)
         yield from self.loss_head(accumulate)
+        if last_micro_step:
+            yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
         yield memset("residual gradient", self.residual)
         yield from self.layernorm_backward(accumulate)
         yield from self.reduce_gradients(self.last_unit, last_micro_step)
@@ -209,7 +211,6 @@ class Step:
         yield from self.embedding_backward(accumulate)
         yield from self.reduce_gradients(0, last_micro_step)
         if last_micro_step:
-            yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
             yield from self.collective("all_reduce", "loss", 4 * (1 + VOTES))
             for place in sorted(self._reduced):
                 yield from self.collect_gradients(place)

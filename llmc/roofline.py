@@ -84,7 +84,9 @@ TILE_START = 3.5e-6  # seconds in which a tile only waits: for its first operand
 
 # Of the data sheet's bandwidth, by kernels that stream several tensors. Copies alone reach about 0.9.
 MEMORY_SHARE = 0.8
-LAUNCH = 2.5e-6  # seconds, from kernel to kernel in a full stream
+# Seconds from kernel to kernel in a full stream. CUDA graphs shorten that, by an amount that nobody has published for
+# these GPUs: --cuda-graphs 1 is predicted like 0.
+LAUNCH = 2.5e-6
 
 # Attention: share of the rate of mma.sync for long rows, and the T at which it is half of that. FlashAttention-2's,
 # which our kernels are built like, on H100 with head size 64 (FlashAttention-3, Shah et al. 2024, figures 5 and 6;

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from llmc import models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
@@ -51,12 +52,13 @@ class Measurement:
 
 
 def measure(contender: str, descriptor: str, B: int, device: Device) -> Measurement:
-    """contender: llmc or torch."""
+    """contender: llmc, graphs (llmc with CUDA graphs) or torch."""
     before = used_memory(device)
     shape = models.resolve(descriptor, None)
     length = min(T, shape.max_seq_len)
     tokens = torch.randint(shape.vocab_size, (B, length + 1), generator=torch.Generator().manual_seed(1))
-    step = {"llmc": llmc_step, "torch": torch_step}[contender](descriptor, tokens, device)
+    steps = {"llmc": llmc_step, "graphs": partial(llmc_step, cuda_graphs=True), "torch": torch_step}
+    step = steps[contender](descriptor, tokens, device)
     for _ in range(WARMUP_STEPS):
         step()
     seconds = []
@@ -67,11 +69,11 @@ def measure(contender: str, descriptor: str, B: int, device: Device) -> Measurem
     return Measurement(1e3 * statistics.median(seconds), (used_memory(device) - before) / 2**20)
 
 
-def llmc_step(descriptor: str, tokens: torch.Tensor, device: Device) -> Callable[[], float]:
+def llmc_step(descriptor: str, tokens: torch.Tensor, device: Device, cuda_graphs: bool = False) -> Callable[[], float]:
     from llmc import _C
 
     B, length = tokens.shape[0], tokens.shape[1] - 1
-    config = TrainConfig(model=descriptor, batch_size=B, seq_len=length)
+    config = TrainConfig(model=descriptor, batch_size=B, seq_len=length, cuda_graphs=cuda_graphs)
     shape = models.resolve(descriptor, None)
     model = _C.GPT2(core_config(descriptor, shape), core_options(config, "bf16", device))
     model.init_random()
@@ -113,6 +115,9 @@ def used_memory(device: Device) -> int:
 # --- all measurements -------------------------------------------------------------------------------------------------
 
 
+DOES_NOT_FIT = "does not fit"
+
+
 class DoesNotFitError(Exception):
     pass
 
@@ -136,6 +141,7 @@ class Row:
     model: str
     B: int
     llmc: Measurement | str
+    graphs: Measurement | str
     torch: Measurement | str
 
 
@@ -143,8 +149,14 @@ Run = Callable[[str, str, int], Measurement]  # contender, descriptor, B
 
 
 def compare(model: str, run: Run = in_a_process) -> Row:
-    """Both at the largest batch that fits both. If PyTorch never fits: llmc at the largest that it can do."""
+    """Both at the largest batch that fits both, llmc with CUDA graphs too. If PyTorch never fits: llmc at the largest
+    that it can do."""
     descriptor = MODELS[model]
+
+    def row(B: int, ours: Measurement | str, theirs: Measurement | str) -> Row:
+        graphs = attempt(run, "graphs", descriptor, B) if isinstance(ours, Measurement) else ours
+        return Row(model, B, ours, graphs or DOES_NOT_FIT, theirs)
+
     alone = None
     for B in halves(LARGEST_B):
         ours = attempt(run, "llmc", descriptor, B)
@@ -152,9 +164,9 @@ def compare(model: str, run: Run = in_a_process) -> Row:
             continue
         theirs = attempt(run, "torch", descriptor, B)
         if theirs is not None:
-            return Row(model, B, ours, theirs)
-        alone = alone or Row(model, B, ours, "does not fit")
-    return alone or Row(model, 1, "does not fit", attempt(run, "torch", descriptor, 1) or "does not fit")
+            return row(B, ours, theirs)
+        alone = alone or row(B, ours, DOES_NOT_FIT)
+    return alone or row(1, DOES_NOT_FIT, attempt(run, "torch", descriptor, 1) or DOES_NOT_FIT)
 
 
 def attempt(run: Run, contender: str, descriptor: str, B: int) -> Measurement | str | None:
@@ -179,7 +191,7 @@ def halves(largest: int) -> Iterator[int]:
 
 def speed_table(rows: list[Row], gpu: str) -> str:
     """Markdown: milliseconds, tokens per second, utilisation and memory of both, and how much longer PyTorch takes."""
-    names = {"llmc": "llmc", "torch": "PyTorch, compiled"}
+    names = {"llmc": "llmc", "graphs": "llmc, --cuda-graphs 1", "torch": "PyTorch, compiled"}
     lines = ["| model | B | | ms/step | tokens/s | MFU | MiB | time / llmc's |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         ours = row.llmc.milliseconds if isinstance(row.llmc, Measurement) else None

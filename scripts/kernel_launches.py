@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ class Step:
     world_size: int = 1
     accumulation_steps: int = 1
     offload_piece: int = 0  # of an offloaded optimizer; 0: it is on the GPU
+    cuda_graphs: bool = False
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -88,6 +89,7 @@ class Step:
             tf32=self.tf32,
             offload_optimizer=self.offload_piece > 0,
             offload_piece=self.offload_piece,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def on_paper(self) -> kernels.Step:
@@ -128,7 +130,7 @@ OTHERS = [
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel: its short name; cuBLASLt, memset or the name of a collective. dynamic_shared: bytes of a block."""
+    """kernel: its short name; cuBLASLt, memset, graph or the name of a collective. dynamic_shared: bytes of a block."""
 
     kernel: str
     threads: int
@@ -137,8 +139,8 @@ class Launch:
     product: tuple[int, int, int] | None  # rows and columns of the result, depth
 
 
-KINDS = ["", MEMSET, CUBLAS, "all_reduce", "reduce_scatter", "all_gather"]  # launch_recorder.cpp's
-COLLECTIVES = KINDS[3:]
+KINDS = ["", MEMSET, CUBLAS, "all_reduce", "reduce_scatter", "all_gather", "graph"]  # launch_recorder.cpp's
+COLLECTIVES = KINDS[3:6]
 
 
 class Record(ctypes.Structure):
@@ -183,16 +185,19 @@ class Recorder:
         if whole_run and step.precision == "bf16":
             model.restore_parameters()
         tokens = torch.zeros(step.B, step.T, dtype=torch.int64)
-        if not whole_run:
-            model.forward(tokens)
-            model.backward(tokens)
-            self.library.recorder_clear()  # the gradients were allocated, which clears them once more
-        for micro_step in range(step.accumulation_steps):
-            model.forward(tokens)
-            model.backward(tokens, micro_step, step.accumulation_steps)
-        model.update(1e-3, 0.1, 1)
+        # The first backward pass allocates the gradients, which clears them once more; the third step has graphs.
+        for _ in range(0 if whole_run else 2):
+            self.step(model, tokens, step.accumulation_steps)
+            self.library.recorder_clear()
+        self.step(model, tokens, step.accumulation_steps)
         records = self.library.recorder_begin()
         return [self.launch(records[i]) for i in range(self.library.recorder_count())]
+
+    def step(self, model: Any, tokens: torch.Tensor, accumulation_steps: int) -> None:
+        for micro_step in range(accumulation_steps):
+            model.forward(tokens)
+            model.backward(tokens, micro_step, accumulation_steps)
+        model.update(1e-3, 0.1, 1)
 
     def launch(self, record: Record) -> Launch:
         kernel = KINDS[record.kind] or self.names[record.kernel]
@@ -258,6 +263,7 @@ def least_seconds(work: Work, gpu: Gpu, step: Step) -> float:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 SIZES = ["model", "B", "T", "kernel", "threads", "dynamic_shared", "launches"]
+BY_HOST = "launches of the host with --cuda-graphs 1"
 HEADER = [*SIZES, "MB", "GFLOP", *(f"{gpu}_us" for gpu in LISTED_GPUS)]
 
 
@@ -296,6 +302,9 @@ def report() -> list[list[str]]:
     table = [HEADER]
     for step in STEPS:
         table += rows(step, recorder.record(step))
+        by_host = recorder.record(replace(step, cuda_graphs=True))
+        sizes = [step.name, str(step.B), str(step.T)]
+        table.append([*sizes, BY_HOST, "", "", str(len(by_host))] + [""] * (len(HEADER) - len(SIZES)))
     listed = {row[SIZES.index("kernel")] for row in table}
     for step in OTHERS:
         new = forms(step, recorder.record(step, whole_run=True))

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-enum Kind : uint64_t { kKernel, kMemset, kProduct, kAllReduce, kReduceScatter, kAllGather };
+enum Kind : uint64_t { kKernel, kMemset, kProduct, kAllReduce, kReduceScatter, kAllGather, kGraph };
 
 struct Record {
   uint64_t kind;
@@ -19,6 +19,11 @@ struct Record {
 
 static std::vector<Record> records;
 static uint64_t ranks = 1;
+static bool capturing = false;  // what becomes a part of a graph is launched with it
+
+static void record(const Record& record) {
+  if (!capturing) records.push_back(record);
+}
 
 // Of cuBLASLt's descriptors, which are the simulator's.
 static uint64_t attribute(const char* getter, const void* descriptor, int attribute, size_t bytes) {
@@ -39,7 +44,7 @@ struct Matrix {
 };
 
 static void record_collective(Kind kind, uint64_t elements, int dtype) {
-  records.push_back({kind, 0, 0, 0, elements * (dtype == 7 ? 4 : 2), 0, 0, 0});  // 7 is ncclFloat32, else bf16
+  record({kind, 0, 0, 0, elements * (dtype == 7 ? 4 : 2), 0, 0, 0});  // 7 is ncclFloat32, else bf16
 }
 
 extern "C" {
@@ -54,7 +59,28 @@ int cudaMalloc(void** result, size_t bytes) {
 int cudaFree(void*) { return 0; }
 int cudaMemcpyAsync(void*, const void*, size_t, int, void*) { return 0; }
 int cudaMemsetAsync(void*, int, size_t bytes, void*) {
-  records.push_back({kMemset, 0, 0, 0, bytes, 0, 0, 0});
+  record({kMemset, 0, 0, 0, bytes, 0, 0, 0});
+  return 0;
+}
+
+int cudaStreamBeginCapture(void*, int) {
+  capturing = true;
+  return 0;
+}
+int cudaStreamEndCapture(void*, void** graph) {
+  capturing = false;
+  *graph = &records;  // any address
+  return 0;
+}
+int cudaGraphInstantiate(void** executable, void* graph, unsigned long long) {
+  *executable = graph;
+  return 0;
+}
+int cudaGraphExecUpdate(void*, void*, void*) { return 0; }
+int cudaGraphDestroy(void*) { return 0; }
+int cudaGraphExecDestroy(void*) { return 0; }
+int cudaGraphLaunch(void*, void*) {
+  record({kGraph, 0, 0, 0, 0, 0, 0, 0});
   return 0;
 }
 
@@ -66,7 +92,7 @@ int cublasLtMatmul(void*, const void* operation, const void*, const void*, const
   const uint64_t auxiliary = epilogue & 128 ? d.bytes : 0;                // CUBLASLT_EPILOGUE_*_AUX
   const uint64_t bias_gradient = epilogue == 512 ? d.bytes / d.rows : 0;  // CUBLASLT_EPILOGUE_BGRADB
   const uint64_t moved = a.bytes + b.bytes + d.bytes * (*beta != 0 ? 2 : 1) + auxiliary + bias_gradient;
-  records.push_back({kProduct, 0, 0, 0, moved, d.columns, d.rows, a.rows * a.columns / d.rows});
+  record({kProduct, 0, 0, 0, moved, d.columns, d.rows, a.rows * a.columns / d.rows});
   return 0;
 }
 
@@ -104,7 +130,7 @@ int launch(const cudaLaunchConfig_st* config, const Launch& launch) {
   dladdr(launch.kernel, &library);
   const uint64_t threads = uint64_t(config->block[0]) * config->block[1] * config->block[2];
   const uint64_t offset = static_cast<const char*>(launch.kernel) - static_cast<char*>(library.dli_fbase);
-  records.push_back({kKernel, offset, threads, config->dynamic_shared, 0, 0, 0, 0});
+  record({kKernel, offset, threads, config->dynamic_shared, 0, 0, 0, 0});
   return 0;
 }
 }  // namespace cudasim

@@ -40,7 +40,7 @@ def test_without_a_gpu(tmp_path, nvidia_smi):
     assert result.stderr == "check_gpu: there is no NVIDIA GPU here (nvidia-smi lists none)\n"
 
 
-@pytest.mark.parametrize("contender", ["llmc", "torch"])
+@pytest.mark.parametrize("contender", ["llmc", "torch"])  # and graphs, on a GPU only
 def test_a_measurement(check_gpu, monkeypatch, contender):
     monkeypatch.setattr(check_gpu, "STEPS", 2)
     measurement = check_gpu.measure(contender, "custom:l=1,c=16,h=2,t=64,v=65", 2, cpu())
@@ -49,31 +49,32 @@ def test_a_measurement(check_gpu, monkeypatch, contender):
 
 
 def memory_limits(check_gpu, llmc, torch):
-    """Measurements on a device with room for these batches: llmc takes 2 ms for each row, PyTorch 3."""
+    """Measurements on a device with room for these batches: llmc takes 2 ms for each row, with graphs 1, PyTorch 3."""
 
     def run(contender, descriptor, B):
-        if {"llmc": llmc, "torch": torch}[contender] < B:
+        if {"llmc": llmc, "graphs": llmc - 1, "torch": torch}[contender] < B:
             raise check_gpu.DoesNotFitError
-        return check_gpu.Measurement(B * {"llmc": 2.0, "torch": 3.0}[contender], 100.0 * B)
+        return check_gpu.Measurement(B * {"llmc": 2.0, "graphs": 1.0, "torch": 3.0}[contender], 100.0 * B)
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("llmc", "torch", "B", "llmc_ms", "torch_ms"),
+    ("llmc", "torch", "B", "llmc_ms", "graphs_ms", "torch_ms"),
     [
-        (1000, 1000, 64, 128, 192),
-        (64, 20, 16, 32, 48),  # the largest that fits both
-        (3, 1000, 2, 4, 6),
-        (17, 0, 16, 32, "does not fit"),  # llmc's largest
-        (0, 0, 1, "does not fit", "does not fit"),
-        (0, 5, 1, "does not fit", 3),
+        (1000, 1000, 64, 128, 64, 192),
+        (64, 20, 16, 32, 16, 48),  # the largest that fits both
+        (64, 1000, 64, 128, "does not fit", 192),
+        (3, 1000, 2, 4, 2, 6),
+        (17, 0, 16, 32, 16, "does not fit"),  # llmc's largest
+        (0, 0, 1, "does not fit", "does not fit", "does not fit"),
+        (0, 5, 1, "does not fit", "does not fit", 3),
     ],
 )
-def test_the_batch_is_the_largest_that_fits_both(check_gpu, llmc, torch, B, llmc_ms, torch_ms):
+def test_the_batch_is_the_largest_that_fits_both(check_gpu, llmc, torch, B, llmc_ms, graphs_ms, torch_ms):
     row = check_gpu.compare("124M", memory_limits(check_gpu, llmc, torch))
-    results = [getattr(result, "milliseconds", result) for result in (row.llmc, row.torch)]
-    assert (row.B, *results) == (B, llmc_ms, torch_ms)
+    results = [getattr(result, "milliseconds", result) for result in (row.llmc, row.graphs, row.torch)]
+    assert (row.B, *results) == (B, llmc_ms, graphs_ms, torch_ms)
 
 
 def test_a_failure_is_reported_and_not_tried_again(check_gpu):
@@ -87,7 +88,7 @@ def test_a_failure_is_reported_and_not_tried_again(check_gpu):
 
     row = check_gpu.compare("350M", run)
     assert row.torch == "no Triton"
-    assert asked == [("llmc", 64), ("torch", 64)]
+    assert asked == [("llmc", 64), ("torch", 64), ("graphs", 64)]
 
 
 @pytest.mark.parametrize(
@@ -116,14 +117,16 @@ def test_the_speed_table(check_gpu):
     peak of 132 SMs at 1830 MHz with 4096 flops each."""
     Measurement, Row = check_gpu.Measurement, check_gpu.Row
     rows = [
-        Row("124M", 64, Measurement(250.0, 17072.4), Measurement(400.0, 40000.0)),
-        Row("1558M", 8, Measurement(500.0, 40000.0), "does not fit"),
+        Row("124M", 64, Measurement(250.0, 17072.4), Measurement(200.0, 17080.0), Measurement(400.0, 40000.0)),
+        Row("1558M", 8, Measurement(500.0, 40000.0), "no graph", "does not fit"),
     ]
     lines = check_gpu.speed_table(rows, "NVIDIA H100 80GB HBM3").splitlines()
     assert lines[2:] == [
         "| 124M | 64 | llmc | 250.0 | 262144 | 21.3% | 17072 | 1.00 |",
+        "| 124M | 64 | llmc, --cuda-graphs 1 | 200.0 | 327680 | 26.6% | 17080 | 0.80 |",
         "| 124M | 64 | PyTorch, compiled | 400.0 | 163840 | 13.3% | 40000 | 1.60 |",
         "| 1558M | 8 | llmc | 500.0 | 16384 | 16.3% | 40000 | 1.00 |",
+        "| 1558M | 8 | llmc, --cuda-graphs 1 | no graph | | | | |",
         "| 1558M | 8 | PyTorch, compiled | does not fit | | | | |",
     ]
     assert "| n/a |" in check_gpu.speed_table(rows, "an unknown GPU")
@@ -134,7 +137,7 @@ def test_the_report(check_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(check_gpu, "ROOT", tmp_path)
     passed = check_gpu.Command("pytest -m gpu", "".join(f"line {i}\n" for i in range(99)), passed=True)
     failed = check_gpu.Command("llmc-train", "boom", passed=False)
-    rows = [check_gpu.Row("124M", 64, "does not fit", "does not fit")]
+    rows = [check_gpu.Row("124M", 64, "does not fit", "does not fit", "does not fit")]
     path = check_gpu.write_report("NVIDIA GeForce RTX 4090", [passed], [failed], rows, passed)
     assert path.parent == tmp_path / "docs" / "gpu"
     assert path.name.startswith("nvidia-geforce-rtx-4090-20")

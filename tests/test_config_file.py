@@ -93,6 +93,7 @@ CHANGED = TrainConfig(
     autotune=False,
     gelu_fusion=2,
     attention="cudnn",
+    cuda_graphs=True,
     recompute=0,
     offload_optimizer=True,
     zero_stage=3,

@@ -117,6 +117,18 @@ def test_lazy_streams_change_nothing():
     assert losses(eager) == losses(lazy)
 
 
+def test_cuda_graphs_change_nothing(directory):
+    """With micro-steps, validation and samples, on both sides of a checkpoint."""
+    flags = "-n 4 -d 64 -v 2 -s 3"
+    expected = train(f"{flags} -x 8 -o whole")
+    train(f"{flags} -x 4 -o parts --cuda-graphs 1")
+    output = train(f"{flags} -x 8 -o parts -y 1 --cuda-graphs 1", CUDASIM_VARIANT="checked", CUDASIM_LAZY="1")
+    for name in ("model_00000008.bin", "state_00000008_00000.bin"):
+        assert (directory / "whole" / name).read_bytes() == (directory / "parts" / name).read_bytes()
+    assert output.splitlines()[-1] == expected.splitlines()[-1] or losses(output) == losses(expected)[4:]
+    assert re.findall("^val loss .*", output, re.M) == re.findall("^val loss .*", expected, re.M)[2:]
+
+
 def test_products_that_cublaslt_cannot_fuse():
     """-ge 2 runs as -ge 0 then, to the bit."""
     plain = train("-x 4 -ge 0")

@@ -207,33 +207,34 @@ void register_model(py::module_& module) {
       .def_property_readonly("num_parameters", &GPT2Config::num_parameters);
 
   py::class_<Options>(module, "Options", py::module_local(), "How a model is run; see csrc/gpt2/config.h.")
-      .def(
-          py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
-                      const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion, bool master_weights,
-                      int zero_stage, int64_t classifier_rows, const std::string& device, bool tf32,
-                      bool offload_optimizer, int64_t offload_piece, bool cudnn_attention, bool bias_fusion) {
-            Options options;
-            options.device = parse_device(device);
-            options.tf32 = tf32;
-            options.batch_size = batch_size;
-            options.seq_len = seq_len;
-            options.precision = parse_dtype(precision);
-            options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
-            options.recompute = recompute;
-            options.gelu_fusion = gelu_fusion;
-            options.master_weights = master_weights;
-            options.zero_stage = zero_stage;
-            options.classifier_rows = classifier_rows;
-            options.offload_optimizer = offload_optimizer;
-            options.offload_piece = offload_piece;
-            options.cudnn_attention = cudnn_attention;
-            options.bias_fusion = bias_fusion;
-            return options;
-          }),
-          py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
-          "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
-          "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true, "offload_optimizer"_a = false,
-          "offload_piece"_a = 0, "cudnn_attention"_a = false, "bias_fusion"_a = false)
+      .def(py::init([](int64_t batch_size, int64_t seq_len, const std::string& precision,
+                       const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
+                       bool master_weights, int zero_stage, int64_t classifier_rows, const std::string& device,
+                       bool tf32, bool offload_optimizer, int64_t offload_piece, bool cudnn_attention, bool bias_fusion,
+                       bool cuda_graphs) {
+             Options options;
+             options.device = parse_device(device);
+             options.tf32 = tf32;
+             options.batch_size = batch_size;
+             options.seq_len = seq_len;
+             options.precision = parse_dtype(precision);
+             options.grad_dtype = grad_dtype ? parse_dtype(*grad_dtype) : options.precision;
+             options.recompute = recompute;
+             options.gelu_fusion = gelu_fusion;
+             options.master_weights = master_weights;
+             options.zero_stage = zero_stage;
+             options.classifier_rows = classifier_rows;
+             options.offload_optimizer = offload_optimizer;
+             options.offload_piece = offload_piece;
+             options.cudnn_attention = cudnn_attention;
+             options.bias_fusion = bias_fusion;
+             options.cuda_graphs = cuda_graphs;
+             return options;
+           }),
+           py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
+           "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
+           "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true, "offload_optimizer"_a = false,
+           "offload_piece"_a = 0, "cudnn_attention"_a = false, "bias_fusion"_a = false, "cuda_graphs"_a = false)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
@@ -248,7 +249,8 @@ void register_model(py::module_& module) {
       .def_readonly("offload_optimizer", &Options::offload_optimizer)
       .def_readonly("offload_piece", &Options::offload_piece)
       .def_readonly("cudnn_attention", &Options::cudnn_attention)
-      .def_readonly("bias_fusion", &Options::bias_fusion);
+      .def_readonly("bias_fusion", &Options::bias_fusion)
+      .def_readonly("cuda_graphs", &Options::cuda_graphs);
 
   module.def(
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,

@@ -27,6 +27,7 @@ CudaOps::~CudaOps() {
   cudaGetDevice(&previous);
   cudaSetDevice(device_);
   cudaStreamSynchronize(own_stream_);
+  graphs_ = Graphs();
   cudnn_.reset();
   staging_.reset();
   host_copies_.reset();

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "cuda/cudnn_attention.h"
+#include "cuda/graphs.h"
 #include "cuda/host_copies.h"
 #include "cuda/staging.h"
 #include "ops/ops.h"
@@ -56,6 +57,9 @@ class CudaOps final : public Ops {
   void finish_stores() override;
   void choose_algorithms(const Algorithms& known, bool timing) override;
   Algorithms algorithms() const override;
+  void repeat(const std::string& name, Arguments arguments, const std::function<void()>& work) override {
+    graphs_.repeat(name, arguments, stream_, work);
+  }
   void begin_range(const char* name) override;
   void end_range() override;
 
@@ -111,6 +115,7 @@ class CudaOps final : public Ops {
   std::unique_ptr<HostCopies> host_copies_;  // of models that have host memory
   std::unique_ptr<CublasLt> cublas_;
   std::unique_ptr<CudnnAttention> cudnn_;
+  Graphs graphs_;
 };
 
 // Throws Error that names the operation unless C, the length of the rows, suits 128-bit accesses.

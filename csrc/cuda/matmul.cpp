@@ -41,7 +41,10 @@ Product weight_product(Tensor dweight, Tensor dout, Tensor x, bool accumulate) {
 
 }  // namespace
 
-void CudaOps::choose_algorithms(const Algorithms& known, bool timing) { cublas_->choose_algorithms(known, timing); }
+void CudaOps::choose_algorithms(const Algorithms& known, bool timing) {
+  graphs_.forget(stream_);  // they launch what was chosen before
+  cublas_->choose_algorithms(known, timing);
+}
 Algorithms CudaOps::algorithms() const { return cublas_->algorithms(); }
 
 bool CudaOps::multiply(const Product& product, const std::function<void()>& apart) {

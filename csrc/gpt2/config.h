@@ -44,6 +44,7 @@ struct Options {
   // shard: there every stage runs as 0.
   int zero_stage = 0;
   bool offload_optimizer = false;  // on CUDA: optimizer state stays in host memory, and passes through the device
+  bool cuda_graphs = false;        // on CUDA: the host launches a pass over a whole batch, and the update, as one
   int64_t classifier_rows = 0;     // rows of the loss head's logits chunk; 0: the plan chooses
   int64_t offload_piece = 0;       // elements of the optimizer state on the device at a time; 0: the plan chooses
 

@@ -113,6 +113,16 @@ void GPT2::extend(const int32_t* tokens, int64_t n) {
   }
 }
 
+// Collectives stay between the pieces that are repeated: their time-outs and errors need the host.
+void GPT2::repeat(const std::string& name, Arguments arguments, const std::function<void()>& work) {
+  const bool whole = batch_ == options_.batch_size && first_ == 0 && seq_ == options_.seq_len;
+  if (options_.cuda_graphs && whole) {
+    ops_->repeat(name, arguments, work);
+  } else {
+    work();
+  }
+}
+
 // The positions [first_, seq_).
 void GPT2::run_forward(const int32_t* tokens) {
   const OnDevice on_device(*ops_);
@@ -126,16 +136,23 @@ void GPT2::run_forward(const int32_t* tokens) {
   host_tokens_.assign(tokens, tokens + ids.numel());
   ops_->upload(ids, tokens);
 
-  gather(0);
-  gather(1);
-  const Tensor encoded = rows("encoded");
-  use(0);
-  ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, batch_, seq_ - first_), parameter(kWte),
-                          slice_rows(parameter(kWpe), first_, config_.max_seq_len));
-  use(1);
-  ops_->layernorm_forward(block_rows(0, "ln1"), block_rows(0, "ln1_mean"), block_rows(0, "ln1_rstd"), encoded,
-                          parameter(kLn1w, 0), parameter(kLn1b, 0));
-  for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
+  const auto pass = [&] {
+    gather(0);
+    gather(1);
+    const Tensor encoded = rows("encoded");
+    use(0);
+    ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, batch_, seq_ - first_), parameter(kWte),
+                            slice_rows(parameter(kWpe), first_, config_.max_seq_len));
+    use(1);
+    ops_->layernorm_forward(block_rows(0, "ln1"), block_rows(0, "ln1_mean"), block_rows(0, "ln1_rstd"), encoded,
+                            parameter(kLn1w, 0), parameter(kLn1b, 0));
+    for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
+  };
+  if (sharded("parameters")) {
+    pass();
+  } else {
+    repeat("forward", Arguments::Same, pass);
+  }
   logits_allowed_ = true;
 }
 
@@ -144,11 +161,13 @@ void GPT2::forward_block(int64_t l) {
   const Range range(*ops_, "block");
   const size_t next = l + 2;  // the unit of the next block, or the last one
   gather(next);
-  forward_attention(l);
-  forward_attention_projection(l);
-  forward_fc(l);
   const Tensor projected = rows("scratch_btc");
-  ops_->matmul_forward(projected, block_rows(l, "fch_gelu"), parameter(kFcprojw, l), parameter(kFcprojb, l));
+  repeat("forward of block " + std::to_string(l), Arguments::Same, [&] {
+    forward_attention(l);
+    forward_attention_projection(l);
+    forward_fc(l);
+    ops_->matmul_forward(projected, block_rows(l, "fch_gelu"), parameter(kFcprojw, l), parameter(kFcprojb, l));
+  });
 
   const Tensor residual2 = block_rows(l, "residual2"), residual3 = block_rows(l, "residual3");
   use(next);
@@ -288,11 +307,14 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   allocate(Lifetime::Gradients);
   backward_allowed_ = gradients_complete_ = sum_of_squares_ready_ = false;
   if (options_.recompute >= 2) logits_allowed_ = false;  // lnf will hold recomputed layernorms
-  const Tensor losses = rows("losses");
+  token_order_.resize(N);
+  sort_by_token(token_order_.data(), host_tokens_.data(), N);
+  const Tensor order = rows("token_order"), ids = rows("tokens");
+  ops_->upload(order, token_order_.data());
+  const Tensor losses = rows("losses"), loss_sum = buffer("loss_sum");
   if (micro_step == 0) {
     for (WorkingUnit& there : reduced_) collect_gradients(there);  // of a step that was given up
     if (sharded("gradients")) ops_->fill_zero(buffer("gradients"));
-    ops_->fill_zero(losses);
     accumulation_steps_ = accumulation_steps;
     loss_rows_ = N;
   }
@@ -303,34 +325,43 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   const int64_t L = config_.num_layers;
   const bool last = micro_step == accumulation_steps - 1;
   const size_t last_unit = layout_.units.size() - 1;
-  open_gradients(0);  // (the parameters of the first and the last unit are still there)
-  open_gradients(last_unit);
-  loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
-  ops_->fill_zero(dresidual);
-  ops_->layernorm_backward(dresidual, gradient(kLnfw), gradient(kLnfb), scratch, block_rows(L - 1, "residual3"),
-                           parameter(kLnfw), rows("lnf_mean"), rows("lnf_rstd"), accumulate_);
-  reduce_gradients(last_unit, last);
-  for (int64_t l = L - 1; l >= 0; l--) {
-    const size_t unit = 1 + l;
-    use(unit);
-    if (l > 0) gather(unit - 1);
-    open_gradients(unit);
-    backward_block(l);
-    reduce_gradients(unit, last);
+  const std::string which = std::string(micro_step == 0 ? ", first" : "") + (last ? ", last" : "") + " of " +
+                            std::to_string(accumulation_steps);
+  const auto pass = [&] {
+    open_gradients(0);  // (the parameters of the first and the last unit are still there)
+    open_gradients(last_unit);
+    repeat("loss head" + which, Arguments::Same, [&] {
+      if (micro_step == 0) ops_->fill_zero(losses);
+      loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
+      if (last) ops_->sum(slice_elements(loss_sum, 0, 1), losses);
+      ops_->fill_zero(dresidual);
+      ops_->layernorm_backward(dresidual, gradient(kLnfw), gradient(kLnfb), scratch, block_rows(L - 1, "residual3"),
+                               parameter(kLnfw), rows("lnf_mean"), rows("lnf_rstd"), accumulate_);
+    });
+    reduce_gradients(last_unit, last);
+    for (int64_t l = L - 1; l >= 0; l--) {
+      const size_t unit = 1 + l;
+      use(unit);
+      if (l > 0) gather(unit - 1);
+      open_gradients(unit);
+      repeat("backward of block " + std::to_string(l) + which, Arguments::Same, [&] { backward_block(l); });
+      reduce_gradients(unit, last);
+    }
+  };
+  if (comm_->size() > 1 && (last || sharded("gradients"))) {
+    pass();
+  } else {
+    repeat("backward" + which, Arguments::Same, pass);
   }
-  token_order_.resize(N);
-  sort_by_token(token_order_.data(), host_tokens_.data(), N);
-  const Tensor order = rows("token_order"), ids = rows("tokens");
-  ops_->upload(order, token_order_.data());
   // Each rank rounds its own gradients: noise that differs averages out.
   const uint32_t seed = rng_.next() + uint32_t(comm_->rank()) * 0x9E3779B9u;
-  if (!accumulate_) ops_->fill_zero(gradient(kWpe));
-  ops_->embedding_backward(gradient(kWte), gradient(kWpe), shaped(dresidual),
-                           make_tensor(ids.data, ids.dtype, batch_, seq_), order, seed);
+  repeat("embedding" + which, Arguments::New, [&] {  // another seed
+    if (!accumulate_) ops_->fill_zero(gradient(kWpe));
+    ops_->embedding_backward(gradient(kWte), gradient(kWpe), shaped(dresidual),
+                             make_tensor(ids.data, ids.dtype, batch_, seq_), order, seed);
+  });
   reduce_gradients(0, last);
   if (last) {
-    const Tensor loss_sum = buffer("loss_sum");
-    ops_->sum(slice_elements(loss_sum, 0, 1), losses);
     if (comm_->size() > 1) ops_->upload(slice_elements(loss_sum, 1, 1 + kNumVotes), votes_.data());
     last_ticket_ = comm_->all_reduce_average(loss_sum, "loss");
     for (WorkingUnit& there : reduced_) collect_gradients(there);

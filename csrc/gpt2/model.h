@@ -177,6 +177,8 @@ class GPT2 {
   Tensor view(const Buffer& buffer);
   void allocate(Lifetime lifetime);
   void check_ids(const char* name, const int32_t* ids, int64_t b, int64_t t) const;
+  // Ops::repeat for work on a whole batch (B,T); other shapes come now and then.
+  void repeat(const std::string& name, Arguments arguments, const std::function<void()>& work);
   void run_forward(const int32_t* tokens);
   void forward_block(int64_t layer);
   void forward_attention(int64_t layer);             // from ln1
@@ -187,6 +189,7 @@ class GPT2 {
   void backward_parameters(ParameterKind weight, ParameterKind bias, int64_t layer, Tensor dout, Tensor x);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);
+  void check_gradients_complete() const;
   void compute_grad_norm(float grad_clip);
   struct OptimizerState {  // of a part of a unit, on the device
     Tensor m, v, master;   // f32 (n); master may be absent

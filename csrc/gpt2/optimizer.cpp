@@ -9,8 +9,11 @@
 
 namespace llmc {
 
-void GPT2::compute_grad_norm(float grad_clip) {
+void GPT2::check_gradients_complete() const {
   LLMC_CHECK(gradients_complete_, "the gradient norm needs the last micro-step's backward first");
+}
+
+void GPT2::compute_grad_norm(float grad_clip) {
   const Tensor sum = buffer("grad_sum_of_squares");
   if (!sum_of_squares_ready_) {
     std::vector<Tensor> shards;
@@ -149,17 +152,25 @@ void GPT2::update(const UpdateOptions& options) {
   options.validate();
   const OnDevice on_device(*ops_);
   const Range range(*ops_, "update");
-  compute_grad_norm(options.grad_clip);
+  check_gradients_complete();
   logits_allowed_ = false;  // of the old parameters
   start_optimizer();
   last_update_rng_ = rng_;
   const auto seeds = draw_seeds(rng_);
   const Tensor non_finite = buffer("broken_parameters");
-  ops_->fill_zero(non_finite);
   const AdamWStep step{options.learning_rate, options.beta1,        options.beta2, options.eps,
                        options.step,          buffer("grad_scale"), non_finite};
-  write_parameters(seeds, options.weight_decay, true,
-                   [&](const AdamWSlice* slices, int64_t count) { ops_->adamw(slices, count, step); });
+  const auto work = [&] {
+    compute_grad_norm(options.grad_clip);
+    ops_->fill_zero(non_finite);
+    write_parameters(seeds, options.weight_decay, true,
+                     [&](const AdamWSlice* slices, int64_t count) { ops_->adamw(slices, count, step); });
+  };
+  if (options_.offload_optimizer || options_.zero_stage >= 1) {  // between the launches something else happens
+    work();
+  } else {
+    repeat("update", Arguments::New, work);
+  }
   if (options_.zero_stage >= 1) {  // otherwise every rank has written all of them
     last_ticket_ = comm_->all_reduce_sum(non_finite, "count of ranks whose update wrote a number that is not finite");
   }
@@ -207,6 +218,7 @@ GPT2::Votes GPT2::votes() {
 
 float GPT2::grad_norm() {
   const OnDevice on_device(*ops_);
+  check_gradients_complete();
   if (!sum_of_squares_ready_) compute_grad_norm(1);
   float norm;
   finish_collectives();

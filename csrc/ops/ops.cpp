@@ -17,6 +17,7 @@ void Ops::store(int, const HostCopy*, int64_t) {}
 void Ops::finish_stores() {}
 void Ops::choose_algorithms(const Algorithms&, bool) {}
 Algorithms Ops::algorithms() const { return {}; }
+void Ops::repeat(const std::string&, Arguments, const std::function<void()>& work) { work(); }
 void Ops::begin_range(const char*) {}
 void Ops::end_range() {}
 

@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <functional>
 #include <string>
 
 #include "core/tensor.h"
@@ -55,6 +56,7 @@ struct HostCopy {
 // only. Zeros: the product has no part in it, what would be fused is computed apart.
 using Algorithm = std::array<uint64_t, 8>;
 using Algorithms = std::map<std::string, Algorithm>;
+enum class Arguments { Same, New };
 
 class Ops {
  public:
@@ -105,6 +107,11 @@ class Ops {
   virtual void choose_algorithms(const Algorithms& known, bool timing);
   // Those known or timed that products have taken since.
   virtual Algorithms algorithms() const;
+  // Does `work`, which calls operations of this object on the device and nothing else that a GPU would see. There what it
+  // launches becomes a graph that the host launches as one (cuda/graphs.h). All work of a name is the same operations on
+  // the same memory, with the Same arguments, so that `work` need not be called again, or with New ones. Inside of some
+  // other work it is a part of that.
+  virtual void repeat(const std::string& name, Arguments arguments, const std::function<void()>& work);
 
   // Names what happens until the matching end_range, for profilers. Class Range (below) pairs them.
   virtual void begin_range(const char* name);
