@@ -330,7 +330,7 @@ void register_model(py::module_& module) {
            "fastest when a product is first seen, and then what the next passes compute is of no use; otherwise "
            "cuBLASLt's "
            "first.")
-      .def("algorithms", &GPT2::algorithms, "The known and timed algorithms that products have taken since.")
+      .def("algorithms", &GPT2::algorithms, no_gil, "The known and timed algorithms that products have taken since.")
       .def("vote", &GPT2::vote, "votes"_a,
            "What this rank has to say to all, until it says otherwise; averaged with the loss by a complete backward.")
       .def("votes", &GPT2::votes, no_gil,

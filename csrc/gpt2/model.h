@@ -109,7 +109,11 @@ class GPT2 {
 
   // As Ops has them, for the products of the model. With timing, what the next forward and backward compute is of no use.
   void choose_algorithms(const Algorithms& known, bool timing) { ops_->choose_algorithms(known, timing); }
-  Algorithms algorithms() const { return ops_->algorithms(); }
+  // Waits for the collectives: ranks that tell each other what they have chosen must not wait for each other there, too.
+  Algorithms algorithms() {
+    finish_collectives();
+    return ops_->algorithms();
+  }
 
   // What this rank has to say to all of them, until it says otherwise; 0 at first. A complete backward averages it over
   // the ranks together with the loss, so it costs no time; votes() are the averages of the last one, the same bits on all
