@@ -328,8 +328,7 @@ void register_model(py::module_& module) {
       .def("choose_algorithms", &GPT2::choose_algorithms, no_gil, "known"_a, "timing"_a,
            "Of products on a GPU, from here on: those known by the product's description; otherwise, if timing, the "
            "fastest when a product is first seen, and then what the next passes compute is of no use; otherwise "
-           "cuBLASLt's "
-           "first.")
+           "cuBLASLt's first.")
       .def("algorithms", &GPT2::algorithms, no_gil, "The known and timed algorithms that products have taken since.")
       .def("vote", &GPT2::vote, "votes"_a,
            "What this rank has to say to all, until it says otherwise; averaged with the loss by a complete backward.")

@@ -65,7 +65,7 @@ void Graphs::repeat(const std::string& name, Arguments arguments, cudaStream_t s
     if (!executable || !update(executable.get(), graph)) {
       cudaGraphExec_t made = nullptr;
       LLMC_CUDA_CHECK(cudaGraphInstantiate(&made, graph.get(), 0));
-      LLMC_CUDA_CHECK(cudaStreamSynchronize(stream));  // the old one may still run
+      if (executable) LLMC_CUDA_CHECK(cudaStreamSynchronize(stream));  // it may still run
       executable.reset(made);
     }
   }

@@ -49,6 +49,16 @@ Object* find(const std::set<Object*>& objects, Handle handle, const char* what) 
   return nullptr;
 }
 
+template <typename Object, typename Handle>
+cudaError_t destroy(std::set<Object*>& objects, Handle handle, const char* what) {
+  const ApiCall call;
+  Object* object = find(objects, handle, what);
+  if (!object) return fail(cudaErrorInvalidValue);
+  objects.erase(object);
+  delete object;
+  return call.error;
+}
+
 std::set<Capture*> captures() {
   std::set<Capture*> found;
   for (const auto& stream : streams())
@@ -229,14 +239,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* result) {
 
 // --- graphs ----------------------------------------------------------------------------------------------------------
 
-cudaError_t cudaGraphDestroy(cudaGraph_t handle) {
-  const ApiCall call;
-  Graph* graph = find(graphs, handle, "a graph");
-  if (!graph) return fail(cudaErrorInvalidValue);
-  graphs.erase(graph);
-  delete graph;
-  return call.error;
-}
+cudaError_t cudaGraphDestroy(cudaGraph_t handle) { return destroy(graphs, handle, "a graph"); }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* result, cudaGraph_t handle, unsigned long long flags) {
   const ApiCall call;
@@ -265,14 +268,7 @@ cudaError_t cudaGraphExecUpdate(cudaGraphExec_t exec, cudaGraph_t handle, cudaGr
   return cudaSuccess;
 }
 
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t handle) {
-  const ApiCall call;
-  Executable* executable = find(executables, handle, "an executable graph");
-  if (!executable) return fail(cudaErrorInvalidValue);
-  executables.erase(executable);
-  delete executable;
-  return call.error;
-}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t handle) { return destroy(executables, handle, "an executable graph"); }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t handle, cudaStream_t stream_handle) {
   const ApiCall call;
