@@ -128,7 +128,7 @@ def read_training_state(path: Path) -> None:
         new, other = loader_and_other(f"{path.parent}/of_{ranks}_*.bin", ranks, state.loader.shuffle)
         loader = copy.copy(new)  # shares the generator, to which load_states gives another state
         states = [state.loader, replace(other, B=state.loader.B, T=state.loader.T)]
-        loader.load_states(states[:ranks], ["one", "two"])
+        loader.load_states(states[:ranks], ["one", "two"][:ranks])
         loader.next_batch()
 
 
