@@ -18,7 +18,8 @@ NOT_INITIALIZED, INVALID_VALUE, NOT_SUPPORTED = 1, 7, 15
 COMPUTE_32F, COMPUTE_64F, FAST_16BF, FAST_TF32 = 68, 70, 75, 77
 R_32F, R_16F, R_16BF = 0, 2, 14
 ORDER_COL, ORDER_ROW, ORDER_COL32 = 0, 1, 2
-TYPES = {torch.float32: R_32F, torch.bfloat16: R_16BF}
+FP8 = {torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
+TYPES = {torch.float32: R_32F, torch.bfloat16: R_16BF, **FP8}
 EPILOGUES = {
     "DEFAULT": 1, "RELU": 2, "BIAS": 4, "RELU_BIAS": 6, "GELU": 32, "GELU_BIAS": 36, "GELU_AUX": 160,
     "GELU_AUX_BIAS": 164, "DGELU": 192, "DGELU_BGRAD": 208, "BGRADA": 256, "BGRADB": 512,
@@ -32,7 +33,9 @@ DESCRIPTOR = {
     "SCALE_TYPE": (1, i32), "POINTER_MODE": (2, i32), "TRANSA": (3, i32), "TRANSB": (4, i32), "TRANSC": (5, i32),
     "FILL_MODE": (6, i32), "EPILOGUE": (7, u32), "BIAS_POINTER": (8, pointer), "BIAS_BATCH_STRIDE": (10, i64),
     "AUX_POINTER": (11, pointer), "AUX_LD": (12, i64), "AUX_BATCH_STRIDE": (13, i64), "SM_COUNT_TARGET": (15, i32),
-    "A_SCALE_POINTER": (17, pointer), "AUX_DATA_TYPE": (22, i32), "BIAS_DATA_TYPE": (26, i32),
+    "A_SCALE_POINTER": (17, pointer), "B_SCALE_POINTER": (18, pointer), "D_SCALE_POINTER": (20, pointer),
+    "AUX_DATA_TYPE": (22, i32), "FAST_ACCUM": (25, ctypes.c_int8), "BIAS_DATA_TYPE": (26, i32),
+    "A_SCALE_MODE": (31, i32),
 }  # fmt: skip
 LAYOUT = {
     "TYPE": (0, u32), "ORDER": (1, i32), "ROWS": (2, u64), "COLS": (3, u64), "LD": (4, i64), "BATCH_COUNT": (5, i32),
@@ -108,6 +111,7 @@ class Product:
     seed: int = 0
     workspace: int = 1 << 16
     room: int = 0  # bytes behind every matrix and vector
+    b_dtype: torch.dtype | None = None  # None: as A's
     # Replacements
     descriptor: dict[str, Any] = field(default_factory=dict)  # by attribute
     preference: dict[str, Any] = field(default_factory=dict)
@@ -129,12 +133,14 @@ class Product:
 
         m, n, k = self.m, self.n, self.k
         a_shape, b_shape = (k, m) if self.trans_a else (m, k), (n, k) if self.trans_b else (k, n)
-        self.a, self.b = (make(*shape, self.dtype, self.gap, self.order) for shape in (a_shape, b_shape))
+        self.a = make(*a_shape, self.dtype, self.gap, self.order)
+        self.b = make(*b_shape, self.b_dtype or self.dtype, self.gap, self.order)
         self.c, self.d = (make(m, n, self.out_dtype, self.gap, self.order) for _ in "CD")
         self.bias = make(n if self.epilogue == "BGRADB" else m, 1, self.out_dtype, 0, ORDER_COL)
         self.aux = make(m, n, self.out_dtype, -m % 8, ORDER_COL)
         tensors = {"A": self.a, "B": self.b, "C": self.c, "D": self.d, "bias": self.bias, "aux": self.aux}
         tensors["workspace"] = torch.zeros(self.workspace, dtype=torch.uint8)
+        tensors["scale A"], tensors["scale B"] = torch.tensor([0.375]), torch.tensor([2.5])  # of FP8
         self.device = {name: DeviceTensor(tensor, self.room) for name, tensor in tensors.items()}
         if self.in_place:
             self.address = {"C": "D"} | self.address
@@ -169,6 +175,8 @@ class Product:
             "AUX_LD": self.aux.stride(2),
             "AUX_BATCH_STRIDE": self.aux.stride(0),
         }
+        if self.dtype in FP8:
+            values |= {f"{name}_SCALE_POINTER": self.pointer(f"scale {name}") for name in "AB"}
         set_attributes("MatmulDesc", operation, DESCRIPTOR, values | self.descriptor)
         assert lt.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)) == SUCCESS
         values = {"MAX_WORKSPACE_BYTES": self.workspace} | self.preference
@@ -241,6 +249,8 @@ def expected(p: Product) -> dict[str, torch.Tensor]:
     a, b = a.double(), b.double()
     a, b = a.mT if p.trans_a else a, b.mT if p.trans_b else b
     x = p.alpha * (a @ b)
+    if p.dtype in FP8:
+        x = x * 0.375 * 2.5
     if p.beta:
         x = x + p.beta * (p.d if p.in_place else p.c).double()
     results = {}
@@ -461,7 +471,9 @@ RULES = {
     "SM count": Rule(
         descriptor(SM_COUNT_TARGET=-1), "query", INVALID_VALUE, "SM count", right=descriptor(SM_COUNT_TARGET=4)
     ),
-    "scale pointer": Rule(descriptor(A_SCALE_POINTER=256), "query", NOT_SUPPORTED, "8-bit"),
+    "scale pointer": Rule(descriptor(A_SCALE_POINTER=256), "query", NOT_SUPPORTED, "need FP8 operands"),
+    "fast accumulation": Rule(descriptor(FAST_ACCUM=1), "query", NOT_SUPPORTED, "need FP8 operands"),
+    "scale of D": Rule(descriptor(D_SCALE_POINTER=256), "query", NOT_SUPPORTED, "keep their defaults"),
     # types
     "type": Rule(layout("A", TYPE=R_16F), "query", NOT_SUPPORTED, "type 2"),
     "types of A and B": Rule(layout("B", TYPE=R_32F), "query", NOT_SUPPORTED, "A and B"),

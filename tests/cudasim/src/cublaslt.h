@@ -3,8 +3,8 @@
 //   cublaslt_validation.cpp    every rule that a call can break
 //   cublaslt_matmul.cpp        heuristics, cublasLtMatmul and its epilogues
 //   cublaslt_product.cpp       the fp32 product of two packed matrices
-// It computes D = epilogue(alpha·op(A)·op(B) + beta·C) for fp32 and bf16 with fp32 accumulation, and refuses what the
-// real library documents as wrong, and what the simulator does not compute. A refused call gives the status of the real
+// It computes D = epilogue(alpha·op(A)·op(B) + beta·C) for fp32, bf16 and FP8 operands with fp32 accumulation, those of
+// FP8 times their scales, and refuses what the real library documents as wrong, and what the simulator does not compute. A refused call gives the status of the real
 // library; the reason goes to stderr where CUBLASLT_LOG_LEVEL is 1 or more (as in the real library), and a refused
 // cublasLtMatmul, which a program never does on purpose, is reported as an error of kind "cublaslt".
 #pragma once
@@ -34,12 +34,13 @@ struct Descriptor {
   void* aux = nullptr;
   int64_t aux_ld = 0, aux_batch_stride = 0;
   int32_t sm_count_target = 0;
+  int8_t fast_accumulation = 0;                        // of FP8 only, and not simulated: sums are those of fp32
+  const float *a_scale = nullptr, *b_scale = nullptr;  // of FP8 only; null: 1
   // Accepted by the real library, not simulated: they must keep their defaults.
-  int8_t fast_accumulation = 0;
   int32_t a_scale_mode = 0, b_scale_mode = 0, c_scale_mode = 0, d_scale_mode = 0, aux_scale_mode = 0;
   int32_t d_out_scale_mode = 0;
   int64_t alpha_batch_stride = 0;
-  void *a_scale = nullptr, *b_scale = nullptr, *c_scale = nullptr, *d_scale = nullptr, *d_out_scale = nullptr;
+  void *c_scale = nullptr, *d_scale = nullptr, *d_out_scale = nullptr;
   void *d_amax = nullptr, *aux_scale = nullptr, *aux_amax = nullptr, *emulation = nullptr;
 };
 static_assert(sizeof(Descriptor) <= sizeof(cublasLtMatmulDescOpaque_t), "stored in the opaque struct");
@@ -155,13 +156,14 @@ struct Region {
 // Everything that the call reads and writes, except the workspace.
 std::vector<Region> regions(const Call& call);
 
-size_t element_size(uint32_t type);  // 2 or 4 bytes
+size_t element_size(uint32_t type);  // 1, 2 or 4 bytes
+bool is_fp8(uint32_t type);
 
 // --- the product -----------------------------------------------------------------------------------------------------
 
 constexpr int64_t kPanelA = 16, kPanelB = 6;  // rows of op(A), columns of op(B) in one packed panel
 
-// A matrix of fp32 or bf16 elements with any two strides; also the transpose of one.
+// A matrix of fp32, bf16 or FP8 elements with any two strides; also the transpose of one.
 struct View {
   const void* data;
   uint32_t type;

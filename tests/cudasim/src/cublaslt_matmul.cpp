@@ -222,13 +222,15 @@ void run_batch(const Call& call, int batch) {
   const auto b = pack(view(batch_of(call.b, x.b, batch), x.b, !trans_b), n, k, kPanelB, tf32);
   const auto sums = multiply_parts(methods[call.algorithm], x.d.type, a, b, m, n, k);
   const int64_t sums_ld = (m + kPanelA - 1) / kPanelA * kPanelA;
+  float alpha = call.alpha;
+  for (const float* scale : {x.descriptor.a_scale, x.descriptor.b_scale}) alpha *= scale ? *scale : 1;
   if (epilogue == CUBLASLT_EPILOGUE_BGRADA) store_column(bias_view, 0, row_sums(a, m, k, kPanelA));
   if (epilogue == CUBLASLT_EPILOGUE_BGRADB) store_column(bias_view, 0, row_sums(b, n, k, kPanelB));
 
   std::vector<float> value(m), other(m), bias(m), bias_gradient(m);
   if (x.epilogue->bias) load_column(bias_view, 0, bias);
   for (int64_t j = 0; j < n; j++) {
-    for (int64_t i = 0; i < m; i++) value[i] = call.alpha * sums[j * sums_ld + i];
+    for (int64_t i = 0; i < m; i++) value[i] = alpha * sums[j * sums_ld + i];
     if (call.beta != 0) {
       load_column(c_view, j, other);
       for (int64_t i = 0; i < m; i++) value[i] += call.beta * other[i];

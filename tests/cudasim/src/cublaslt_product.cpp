@@ -10,6 +10,7 @@
 #include "bf16.h"
 #include "cublaslt.h"
 #include "cudasim/ptx.h"
+#include "fp8.h"
 
 namespace cudasim::cublaslt {
 namespace {
@@ -22,6 +23,14 @@ static_assert(kPanelA * sizeof(float) == 2 * sizeof(Vector), "two vectors high")
 
 float load(const float* p) { return *p; }
 float load(const uint16_t* p) { return float_from_bf16(*p); }
+struct E4m3 {
+  uint8_t bits;
+};
+struct E5m2 {
+  uint8_t bits;
+};
+float load(const E4m3* p) { return float_from_e4m3(p->bits); }
+float load(const E5m2* p) { return float_from_e5m2(p->bits); }
 
 float round_to_tf32(float x) {
   const uint32_t bits = to_tf32(x);
@@ -70,8 +79,16 @@ __attribute__((target_clones("avx2", "default"))) void add_product_of_panels(con
 }
 
 std::vector<float> pack(const View& x, int64_t rows, int64_t k, int64_t height, bool tf32) {
-  return x.type == CUDA_R_32F ? pack_elements<float>(x, rows, k, height, tf32)
-                              : pack_elements<uint16_t>(x, rows, k, height, tf32);
+  switch (x.type) {
+    case CUDA_R_32F:
+      return pack_elements<float>(x, rows, k, height, tf32);
+    case CUDA_R_8F_E4M3:
+      return pack_elements<E4m3>(x, rows, k, height, tf32);
+    case CUDA_R_8F_E5M2:
+      return pack_elements<E5m2>(x, rows, k, height, tf32);
+    default:
+      return pack_elements<uint16_t>(x, rows, k, height, tf32);
+  }
 }
 
 std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t m, int64_t n, int64_t k,

@@ -19,6 +19,7 @@ constexpr cublasStatus_t kUnsupported = CUBLAS_STATUS_NOT_SUPPORTED;
 // Bias and auxiliary pointers: the vectors that the fast epilogues load.
 constexpr uint64_t kEpilogueAlignment = 16;
 constexpr uint64_t kWorkspaceAlignment = 256;
+constexpr uint64_t kFp8Alignment = 16;  // of the matrices
 
 #define EPILOGUE(name) CUBLASLT_EPILOGUE_##name, #name
 const Epilogue epilogues[] = {
@@ -48,15 +49,20 @@ void check_descriptor(const Descriptor& x) {
   if (x.trans_c != CUBLAS_OP_N) refuse(kUnsupported, "C cannot be transposed");
   if (x.fill_mode != CUBLAS_FILL_MODE_FULL) refuse(kUnsupported, "fill mode %d: only FULL", x.fill_mode);
   if (x.sm_count_target < 0) refuse(kInvalid, "SM count target %d is negative", x.sm_count_target);
-  if (x.fast_accumulation || x.a_scale_mode || x.b_scale_mode || x.c_scale_mode || x.d_scale_mode || x.aux_scale_mode ||
-      x.d_out_scale_mode || x.alpha_batch_stride || x.a_scale || x.b_scale || x.c_scale || x.d_scale || x.d_out_scale ||
-      x.d_amax || x.aux_scale || x.aux_amax || x.emulation)
-    refuse(kUnsupported, "the attributes of 8-bit types, of alpha vectors and of emulation must keep their defaults");
+  if (x.fast_accumulation != 0 && x.fast_accumulation != 1)
+    refuse(kInvalid, "fast accumulation is %d: it must be 0 or 1", x.fast_accumulation);
+  if (x.a_scale_mode || x.b_scale_mode || x.c_scale_mode || x.d_scale_mode || x.aux_scale_mode || x.d_out_scale_mode ||
+      x.alpha_batch_stride || x.c_scale || x.d_scale || x.d_out_scale || x.d_amax || x.aux_scale || x.aux_amax ||
+      x.emulation)
+    refuse(kUnsupported,
+           "the attributes of 8-bit results, of scales of blocks, alpha vectors and emulation must keep "
+           "their defaults");
 }
 
-void check_layout(const char* name, const Layout& x) {
-  if (x.type != CUDA_R_32F && x.type != CUDA_R_16BF)
-    refuse(kUnsupported, "%s has type %u: R_32F and R_16BF are simulated", name, x.type);
+void check_layout(const char* name, const Layout& x, bool operand) {
+  if (x.type != CUDA_R_32F && x.type != CUDA_R_16BF && !(operand && is_fp8(x.type)))
+    refuse(kUnsupported, "%s has type %u: R_32F and R_16BF are simulated, and as operands R_8F_E4M3 and R_8F_E5M2",
+           name, x.type);
   if (x.order != CUBLASLT_ORDER_COL && x.order != CUBLASLT_ORDER_ROW)
     refuse(kUnsupported, "%s has order %d: COL and ROW are simulated", name, x.order);
   if (x.rows < 1 || x.cols < 1 || x.rows > INT32_MAX || x.cols > INT32_MAX)
@@ -70,10 +76,41 @@ void check_layout(const char* name, const Layout& x) {
   if (x.batch_stride < 0) refuse(kInvalid, "%s has batch stride %lld", name, static_cast<long long>(x.batch_stride));
 }
 
+// What cublasLtMatmul() asks of FP8 operands on all devices that have them; Blackwell's data-centre chips ask less.
+void check_fp8(const Configuration& x) {
+  const Descriptor& descriptor = x.descriptor;
+  if (!is_fp8(x.a.type) || !is_fp8(x.b.type))
+    refuse(kUnsupported, "A and B have the types %u and %u: both must be FP8 or none", x.a.type, x.b.type);
+  if (x.a.type == CUDA_R_8F_E5M2 && x.b.type == CUDA_R_8F_E5M2)
+    refuse(kUnsupported, "A and B are both R_8F_E5M2: one must be R_8F_E4M3");
+  if (descriptor.trans_a == CUBLAS_OP_N || descriptor.trans_b != CUBLAS_OP_N)
+    refuse(kUnsupported, "FP8 needs A transposed and B not");
+  for (const Layout* layout : {&x.a, &x.b, &x.c, &x.d})
+    if (layout->order != CUBLASLT_ORDER_COL) refuse(kUnsupported, "FP8 needs column-major order");
+  if (descriptor.compute_type != CUBLAS_COMPUTE_32F) refuse(kUnsupported, "FP8 needs compute type 32F");
+  for (uint64_t dimension : {x.m, x.n, x.k})
+    if (dimension % 16)
+      refuse(kUnsupported, "FP8 needs dimensions that are multiples of 16, op(A)·op(B) is (%zu,%zu)·(%zu,%zu)",
+             size_t{x.m}, size_t{x.k}, size_t{x.k}, size_t{x.n});
+  for (const Layout* layout : {&x.a, &x.b, &x.c, &x.d})
+    if (layout->ld * element_size(layout->type) % 16)
+      refuse(kUnsupported, "FP8 needs leading dimensions of whole 16 bytes, one is %lld elements",
+             static_cast<long long>(layout->ld));
+  if (x.epilogue->bias_gradient) refuse(kUnsupported, "FP8 has no epilogue %s", x.epilogue->name);
+  if (x.epilogue->value != CUBLASLT_EPILOGUE_DEFAULT && x.d.type != CUDA_R_16BF)
+    refuse(kUnsupported, "epilogues of FP8 products are simulated for a result in R_16BF");
+}
+
 // "Type combinations" of cublasLtMatmul(), as far as they are simulated.
 void check_types(const Configuration& x) {
   const uint32_t in = x.a.type, out = x.d.type;
-  if (x.b.type != in) refuse(kUnsupported, "A and B have different types (%u and %u)", in, x.b.type);
+  if (is_fp8(in) || is_fp8(x.b.type)) {
+    check_fp8(x);
+  } else if (x.descriptor.a_scale || x.descriptor.b_scale || x.descriptor.fast_accumulation) {
+    refuse(kUnsupported, "scales and fast accumulation need FP8 operands");
+  } else if (x.b.type != in) {
+    refuse(kUnsupported, "A and B have different types (%u and %u)", in, x.b.type);
+  }
   if (x.c.type != out) refuse(kUnsupported, "C and D have different types (%u and %u)", x.c.type, out);
   if (in == CUDA_R_32F && out != CUDA_R_32F) refuse(kUnsupported, "R_32F operands give an R_32F result, not %u", out);
   if (in != CUDA_R_32F && x.descriptor.compute_type == CUBLAS_COMPUTE_32F_FAST_TF32)
@@ -202,7 +239,9 @@ void check_alignment(const char* name, const void* data, uint64_t bytes, const c
 
 }  // namespace
 
-size_t element_size(uint32_t type) { return type == CUDA_R_32F ? 4 : 2; }
+size_t element_size(uint32_t type) { return type == CUDA_R_32F ? 4 : is_fp8(type) ? 1 : 2; }
+
+bool is_fp8(uint32_t type) { return type == CUDA_R_8F_E4M3 || type == CUDA_R_8F_E5M2; }
 
 const Epilogue& find_epilogue(uint32_t value) {
   for (const Epilogue& epilogue : epilogues)
@@ -222,10 +261,10 @@ Configuration check_configuration(cublasLtMatmulDesc_t descriptor, cublasLtMatri
   x.c = contents(c);
   x.d = contents(d);
   check_descriptor(x.descriptor);
-  check_layout("A", x.a);
-  check_layout("B", x.b);
-  check_layout("C", x.c);
-  check_layout("D", x.d);
+  check_layout("A", x.a, true);
+  check_layout("B", x.b, true);
+  check_layout("C", x.c, false);
+  check_layout("D", x.d, false);
   const bool trans_a = x.descriptor.trans_a != CUBLAS_OP_N, trans_b = x.descriptor.trans_b != CUBLAS_OP_N;
   x.m = trans_a ? x.a.cols : x.a.rows;
   x.k = trans_a ? x.a.rows : x.a.cols;
@@ -273,7 +312,7 @@ Layout Configuration::aux_layout() const {
 
 uint64_t Configuration::hash() const {
   std::vector<int64_t> numbers = {descriptor.compute_type, descriptor.trans_a, descriptor.trans_b,
-                                  static_cast<int64_t>(epilogue->value)};
+                                  static_cast<int64_t>(epilogue->value), descriptor.fast_accumulation};
   for (const Layout* x : {&a, &b, &c, &d}) {
     const auto rows = static_cast<int64_t>(x->rows), cols = static_cast<int64_t>(x->cols);
     numbers.insert(numbers.end(), {x->type, x->order, rows, cols, x->ld, x->batch_count, x->batch_stride});
@@ -290,6 +329,10 @@ std::vector<Region> regions(const Call& call) {
   const Epilogue& epilogue = *x.epilogue;
   std::vector<Region> result = {{"A", call.a, x.a, false}, {"B", call.b, x.b, false}};
   if (call.beta != 0) result.push_back({"C", call.c, x.c, false, call.c == call.d});
+  Layout scale;
+  scale.rows = scale.cols = scale.ld = 1;
+  if (x.descriptor.a_scale) result.push_back({"the scale of A", x.descriptor.a_scale, scale, false});
+  if (x.descriptor.b_scale) result.push_back({"the scale of B", x.descriptor.b_scale, scale, false});
   if (epilogue.bias) result.push_back({"bias", x.descriptor.bias, x.bias_layout(), false});
   if (epilogue.reads_aux) result.push_back({"auxiliary matrix", x.descriptor.aux, x.aux_layout(), false});
   if (epilogue.writes_aux) result.push_back({"auxiliary matrix", x.descriptor.aux, x.aux_layout(), true});
@@ -308,8 +351,10 @@ void check_call(const Call& call, const Algorithm* algorithm, size_t workspace_g
   }
   check_memory(call);
   const char* why = algorithm ? "which the query for the algorithm assumed" : "the size of its elements";
+  const bool fp8 = is_fp8(x.a.type);
+  if (fp8 && !algorithm) why = "which FP8 needs";
   const auto needed = [&](const Layout& layout, uint32_t assumed) {
-    return std::max<uint64_t>(algorithm ? assumed : 1, element_size(layout.type));
+    return std::max<uint64_t>({algorithm ? assumed : 1, element_size(layout.type), fp8 ? kFp8Alignment : 1});
   };
   const Algorithm none = {};
   const Algorithm& assumed = algorithm ? *algorithm : none;
