@@ -52,12 +52,17 @@ class Measurement:
 
 
 def measure(contender: str, descriptor: str, B: int, device: Device) -> Measurement:
-    """contender: llmc, graphs (llmc with CUDA graphs) or torch."""
+    """contender: llmc, graphs (llmc with CUDA graphs), cudnn (llmc with cuDNN's attention) or torch."""
     before = used_memory(device)
     shape = models.resolve(descriptor, None)
     length = min(T, shape.max_seq_len)
     tokens = torch.randint(shape.vocab_size, (B, length + 1), generator=torch.Generator().manual_seed(1))
-    steps = {"llmc": llmc_step, "graphs": partial(llmc_step, cuda_graphs=True), "torch": torch_step}
+    steps = {
+        "llmc": llmc_step,
+        "graphs": partial(llmc_step, cuda_graphs=True),
+        "cudnn": partial(llmc_step, attention="cudnn"),
+        "torch": torch_step,
+    }
     step = steps[contender](descriptor, tokens, device)
     for _ in range(WARMUP_STEPS):
         step()
@@ -69,11 +74,13 @@ def measure(contender: str, descriptor: str, B: int, device: Device) -> Measurem
     return Measurement(1e3 * statistics.median(seconds), (used_memory(device) - before) / 2**20)
 
 
-def llmc_step(descriptor: str, tokens: torch.Tensor, device: Device, cuda_graphs: bool = False) -> Callable[[], float]:
+def llmc_step(
+    descriptor: str, tokens: torch.Tensor, device: Device, cuda_graphs: bool = False, attention: str = "flash"
+) -> Callable[[], float]:
     from llmc import _C
 
     B, length = tokens.shape[0], tokens.shape[1] - 1
-    config = TrainConfig(model=descriptor, batch_size=B, seq_len=length, cuda_graphs=cuda_graphs)
+    config = TrainConfig(model=descriptor, batch_size=B, seq_len=length, cuda_graphs=cuda_graphs, attention=attention)
     shape = models.resolve(descriptor, None)
     model = _C.GPT2(core_config(descriptor, shape), core_options(config, "bf16", device))
     model.init_random()
@@ -142,6 +149,7 @@ class Row:
     B: int
     llmc: Measurement | str
     graphs: Measurement | str
+    cudnn: Measurement | str
     torch: Measurement | str
 
 
@@ -149,13 +157,16 @@ Run = Callable[[str, str, int], Measurement]  # contender, descriptor, B
 
 
 def compare(model: str, run: Run = in_a_process) -> Row:
-    """Both at the largest batch that fits both, llmc with CUDA graphs too. If PyTorch never fits: llmc at the largest
-    that it can do."""
+    """Both at the largest batch that fits both, llmc with CUDA graphs and with cuDNN's attention too. If PyTorch never
+    fits: llmc at the largest that it can do."""
     descriptor = MODELS[model]
 
     def row(B: int, ours: Measurement | str, theirs: Measurement | str) -> Row:
-        graphs = attempt(run, "graphs", descriptor, B) if isinstance(ours, Measurement) else ours
-        return Row(model, B, ours, graphs or DOES_NOT_FIT, theirs)
+        graphs = cudnn = ours
+        if isinstance(ours, Measurement):
+            graphs = attempt(run, "graphs", descriptor, B) or DOES_NOT_FIT
+            cudnn = attempt(run, "cudnn", descriptor, B) or DOES_NOT_FIT
+        return Row(model, B, ours, graphs, cudnn, theirs)
 
     alone = None
     for B in halves(LARGEST_B):
@@ -191,7 +202,12 @@ def halves(largest: int) -> Iterator[int]:
 
 def speed_table(rows: list[Row], gpu: str) -> str:
     """Markdown: milliseconds, tokens per second, utilisation and memory of both, and how much longer PyTorch takes."""
-    names = {"llmc": "llmc", "graphs": "llmc, --cuda-graphs 1", "torch": "PyTorch, compiled"}
+    names = {
+        "llmc": "llmc",
+        "graphs": "llmc, --cuda-graphs 1",
+        "cudnn": "llmc, --attention cudnn",
+        "torch": "PyTorch, compiled",
+    }
     lines = ["| model | B | | ms/step | tokens/s | MFU | MiB | time / llmc's |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         ours = row.llmc.milliseconds if isinstance(row.llmc, Measurement) else None

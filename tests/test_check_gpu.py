@@ -1,6 +1,7 @@
 """scripts/check_gpu.*: what can be tested without a GPU."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,7 +41,39 @@ def test_without_a_gpu(tmp_path, nvidia_smi):
     assert result.stderr == "check_gpu: there is no NVIDIA GPU here (nvidia-smi lists none)\n"
 
 
-@pytest.mark.parametrize("contender", ["llmc", "torch"])  # and graphs, on a GPU only
+@pytest.mark.parametrize("refused", ["", "wheels", "build"])
+def test_the_build_has_cudnn_if_possible(tmp_path, refused):
+    """In a folder where setup.sh and the .venv's python only write down what they are asked for."""
+    programs = {
+        "nvidia-smi": "echo 'GPU 0: a GPU'",
+        ".venv/bin/python": 'echo "python $*" >> log',
+        "scripts/setup.sh": 'echo "setup ${LLMC_CUDA:-} ${LLMC_CUDNN:-}" >> log; PATH=$PWD/.venv/bin:$PATH',
+    }
+    if refused == "wheels":
+        programs[".venv/bin/python"] += "; case $* in *cudnn_wheels*) exit 1; esac"
+    if refused == "build":
+        programs["scripts/setup.sh"] += '; [ "${LLMC_CUDNN:-}" != ON ]'
+    for name, text in programs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(ROOT / "scripts" / "check_gpu.sh", tmp_path / "scripts")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", tmp_path / "scripts" / "check_gpu.sh"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("could not be built" in result.stderr) == bool(refused)
+    wheels = "python -m pip install -q -r scripts"
+    tried = [] if refused == "wheels" else ["setup ON ON"]
+    assert (tmp_path / "log").read_text().splitlines() == [
+        *("setup  ", f"{wheels}/cuda_wheels.txt", f"{wheels}/cudnn_wheels.txt"),
+        *tried,
+        "setup ON " if refused else "setup ON ON",
+        "python scripts/check_gpu.py",
+    ]
+
+
+@pytest.mark.parametrize("contender", ["llmc", "torch"])  # and graphs and cudnn, on a GPU only
 def test_a_measurement(check_gpu, monkeypatch, contender):
     monkeypatch.setattr(check_gpu, "STEPS", 2)
     measurement = check_gpu.measure(contender, "custom:l=1,c=16,h=2,t=64,v=65", 2, cpu())
@@ -49,32 +82,34 @@ def test_a_measurement(check_gpu, monkeypatch, contender):
 
 
 def memory_limits(check_gpu, llmc, torch):
-    """Measurements on a device with room for these batches: llmc takes 2 ms for each row, with graphs 1, PyTorch 3."""
+    """Measurements on a device with room for these batches: llmc takes 2 ms for each row, with graphs 1, PyTorch 3;
+    cuDNN's attention takes 4 ms and half of the room."""
 
     def run(contender, descriptor, B):
-        if {"llmc": llmc, "graphs": llmc - 1, "torch": torch}[contender] < B:
+        if {"llmc": llmc, "graphs": llmc - 1, "cudnn": llmc // 2, "torch": torch}[contender] < B:
             raise check_gpu.DoesNotFitError
-        return check_gpu.Measurement(B * {"llmc": 2.0, "graphs": 1.0, "torch": 3.0}[contender], 100.0 * B)
+        milliseconds = {"llmc": 2.0, "graphs": 1.0, "cudnn": 4.0, "torch": 3.0}[contender]
+        return check_gpu.Measurement(B * milliseconds, 100.0 * B)
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("llmc", "torch", "B", "llmc_ms", "graphs_ms", "torch_ms"),
+    ("llmc", "torch", "B", "times"),  # of llmc, with graphs, with cuDNN, of PyTorch
     [
-        (1000, 1000, 64, 128, 64, 192),
-        (64, 20, 16, 32, 16, 48),  # the largest that fits both
-        (64, 1000, 64, 128, "does not fit", 192),
-        (3, 1000, 2, 4, 2, 6),
-        (17, 0, 16, 32, 16, "does not fit"),  # llmc's largest
-        (0, 0, 1, "does not fit", "does not fit", "does not fit"),
-        (0, 5, 1, "does not fit", "does not fit", 3),
+        (1000, 1000, 64, (128, 64, 256, 192)),
+        (64, 20, 16, (32, 16, 64, 48)),  # the largest that fits both
+        (64, 1000, 64, (128, "does not fit", "does not fit", 192)),
+        (3, 1000, 2, (4, 2, "does not fit", 6)),
+        (33, 0, 32, (64, 32, "does not fit", "does not fit")),  # llmc's largest
+        (0, 0, 1, ("does not fit",) * 4),
+        (0, 5, 1, ("does not fit", "does not fit", "does not fit", 3)),
     ],
 )
-def test_the_batch_is_the_largest_that_fits_both(check_gpu, llmc, torch, B, llmc_ms, graphs_ms, torch_ms):
+def test_the_batch_is_the_largest_that_fits_both(check_gpu, llmc, torch, B, times):
     row = check_gpu.compare("124M", memory_limits(check_gpu, llmc, torch))
-    results = [getattr(result, "milliseconds", result) for result in (row.llmc, row.graphs, row.torch)]
-    assert (row.B, *results) == (B, llmc_ms, graphs_ms, torch_ms)
+    results = [getattr(result, "milliseconds", result) for result in (row.llmc, row.graphs, row.cudnn, row.torch)]
+    assert (row.B, *results) == (B, *times)
 
 
 def test_a_failure_is_reported_and_not_tried_again(check_gpu):
@@ -82,13 +117,13 @@ def test_a_failure_is_reported_and_not_tried_again(check_gpu):
 
     def run(contender, descriptor, B):
         asked.append((contender, B))
-        if contender == "torch":
-            raise RunError("no Triton")
+        if contender in ("torch", "cudnn"):
+            raise RunError(f"no {contender}")
         return check_gpu.Measurement(1.0, 1.0)
 
     row = check_gpu.compare("350M", run)
-    assert row.torch == "no Triton"
-    assert asked == [("llmc", 64), ("torch", 64), ("graphs", 64)]
+    assert (row.torch, row.cudnn) == ("no torch", "no cudnn")
+    assert asked == [("llmc", 64), ("torch", 64), ("graphs", 64), ("cudnn", 64)]
 
 
 @pytest.mark.parametrize(
@@ -117,16 +152,18 @@ def test_the_speed_table(check_gpu):
     peak of 132 SMs at 1830 MHz with 4096 flops each."""
     Measurement, Row = check_gpu.Measurement, check_gpu.Row
     rows = [
-        Row("124M", 64, Measurement(250.0, 17072.4), Measurement(200.0, 17080.0), Measurement(400.0, 40000.0)),
-        Row("1558M", 8, Measurement(500.0, 40000.0), "no graph", "does not fit"),
+        Row("124M", 64, Measurement(250.0, 17072.4), Measurement(200.0, 17080.0), "no", Measurement(400.0, 40000.0)),
+        Row("1558M", 8, Measurement(500.0, 40000.0), "no graph", Measurement(450.0, 41000.0), "does not fit"),
     ]
     lines = check_gpu.speed_table(rows, "NVIDIA H100 80GB HBM3").splitlines()
     assert lines[2:] == [
         "| 124M | 64 | llmc | 250.0 | 262144 | 21.3% | 17072 | 1.00 |",
         "| 124M | 64 | llmc, --cuda-graphs 1 | 200.0 | 327680 | 26.6% | 17080 | 0.80 |",
+        "| 124M | 64 | llmc, --attention cudnn | no | | | | |",
         "| 124M | 64 | PyTorch, compiled | 400.0 | 163840 | 13.3% | 40000 | 1.60 |",
         "| 1558M | 8 | llmc | 500.0 | 16384 | 16.3% | 40000 | 1.00 |",
         "| 1558M | 8 | llmc, --cuda-graphs 1 | no graph | | | | |",
+        "| 1558M | 8 | llmc, --attention cudnn | 450.0 | 18204 | 18.1% | 41000 | 0.90 |",
         "| 1558M | 8 | PyTorch, compiled | does not fit | | | | |",
     ]
     assert "| n/a |" in check_gpu.speed_table(rows, "an unknown GPU")
@@ -137,7 +174,7 @@ def test_the_report(check_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(check_gpu, "ROOT", tmp_path)
     passed = check_gpu.Command("pytest -m gpu", "".join(f"line {i}\n" for i in range(99)), passed=True)
     failed = check_gpu.Command("llmc-train", "boom", passed=False)
-    rows = [check_gpu.Row("124M", 64, "does not fit", "does not fit", "does not fit")]
+    rows = [check_gpu.Row("124M", 64, *["does not fit"] * 4)]
     path = check_gpu.write_report("NVIDIA GeForce RTX 4090", [passed], [failed], rows, passed)
     assert path.parent == tmp_path / "docs" / "gpu"
     assert path.name.startswith("nvidia-geforce-rtx-4090-20")

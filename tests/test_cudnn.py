@@ -302,6 +302,7 @@ def test_the_graphs_are_our_attention(program):
 CASES = [(64, 256, 2, 2, 128, 2, 64), (41, 331, 1, 3, 72, 3, 37), (1024, 50257, 2, 12, 768, 4, 1024)]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not _C.build_info()["cudnn"], reason="this build has no cuDNN")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_step_on_a_gpu(reference, case):
