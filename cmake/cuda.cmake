@@ -186,7 +186,8 @@ if(LLMC_HAVE_CUDA)
   list(REMOVE_DUPLICATES CUDA_RPATHS)
 
   set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
-  # Ampere, Hopper and Blackwell, and through the last one's PTX what comes after it.
+  # Ampere, Hopper and Blackwell, and through the last one's PTX what comes after it. No PTX of less than 9.0, which newer
+  # devices could take: csrc/cuda/launch.h counts on griddepcontrol there.
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
   get_filename_component(folder ${CUDART_STATIC} DIRECTORY)
   set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${folder}")  # the nvcc of the wheels looks in lib64, which they do not have

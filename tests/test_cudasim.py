@@ -27,7 +27,7 @@ SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONFIGURATION = 0, 1, 2, 9
 NO_DEVICE, INVALID_HANDLE, NOT_READY = 100, 400, 600
 CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED, CAPTURE_MERGE, CAPTURE_UNMATCHED, CAPTURE_UNJOINED = 900, 901, 902, 903, 904
 CAPTURE_ISOLATION, CAPTURE_IMPLICIT, CAPTURED_EVENT, CAPTURE_WRONG_THREAD, UPDATE_FAILURE = 905, 906, 907, 908, 910
-ILLEGAL_ADDRESS, TIMEOUT, STACK_ERROR, MISALIGNED, LAUNCH_FAILURE = 700, 702, 714, 716, 719
+ILLEGAL_ADDRESS, TIMEOUT, STACK_ERROR, MISALIGNED, LAUNCH_FAILURE, NOT_SUPPORTED = 700, 702, 714, 716, 719, 801
 NON_BLOCKING = 1
 CAPTURE_THREAD_LOCAL = 1
 MAX_DYNAMIC_SHARED = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
@@ -79,6 +79,15 @@ ERRORS = {
     "block_too_deep": ("launch-limit", INVALID_CONFIGURATION),
     "grid_too_high": ("launch-limit", INVALID_CONFIGURATION),
     "empty_grid": ("launch-limit", INVALID_CONFIGURATION),
+    "early_read": ("early-access", SUCCESS),
+    "early_write": ("early-access", SUCCESS),
+    "early_write_in_graph": ("early-access", SUCCESS),
+    "early_atomic": ("early-access", SUCCESS),
+    "early_copy": ("early-access", SUCCESS),
+    "waited_elsewhere": ("early-access", SUCCESS),
+    "early_end": ("early-end", SUCCESS),
+    "early_on_old_device": ("launch-limit", NOT_SUPPORTED),
+    "other_attribute": ("not-simulated", NOT_SUPPORTED),
     "capture_synchronize": ("stream-capture", CAPTURE_UNSUPPORTED),
     "capture_query": ("stream-capture", CAPTURED_EVENT),
     "capture_device": ("stream-capture", CAPTURE_UNSUPPORTED),
@@ -97,6 +106,7 @@ ERRORS = {
 SEEN_BY_FAST = [
     *("far_outside", "negative_index", "misaligned", "use_after_free", "stack_overflow", "trap", "double_free"),
     *("divergent_barrier", "not_in_own_mask", "lanes_have_exited", "masks_differ", "operations_differ", "deadlock"),
+    *("early_end", "early_on_old_device", "other_attribute"),
     *("copy_direction", "copy_too_long", "opt_in", "block_too_large", "block_too_deep", "grid_too_high", "empty_grid"),
     *(name for name in ERRORS if name.startswith("capture")),
 ]

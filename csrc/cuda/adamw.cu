@@ -11,6 +11,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 
 namespace llmc::cuda {
 namespace {
@@ -82,6 +83,7 @@ __device__ void store_rounded(bf16* param, float (&w)[N], int64_t i, const Slice
 template <typename X, typename G>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(const __grid_constant__ Table table, const Step step, const float* grad_scale, float* non_finite) {
+  after_previous_kernel();
   const Slice& slice = find(table);
   const float scale = *grad_scale;
   if (scale != scale) return;  // NaN
@@ -116,6 +118,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename X>
 __global__ void __launch_bounds__(kThreads) round_parameters_kernel(const __grid_constant__ Table table) {
+  after_previous_kernel();
   const Slice& slice = find(table);
   for_slice_elements(slice, [&](int64_t i, auto count) {
     float w[count];

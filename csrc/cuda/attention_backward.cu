@@ -11,6 +11,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cuda_ops.h"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "ops/workspace.h"
 
 namespace llmc::cuda {
@@ -46,6 +47,7 @@ constexpr int kDeltaLanes = 8;  // of a row and head: 64 bf16 channels are one v
 template <typename X>
 __global__ void __launch_bounds__(kDeltaThreads)
     attention_delta_kernel(float* delta, const X* dout, const X* out, int64_t N, int T, int NH, int HS) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int64_t i = int64_t(blockIdx.x) * (kDeltaThreads / kDeltaLanes) + threadIdx.x / kDeltaLanes;  // n·NH + h
   const int lane = threadIdx.x % kDeltaLanes;
@@ -68,6 +70,7 @@ template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
     attention_dq_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int heads, int T,
                         int NH, int HS, float scale) {
+  after_previous_kernel();
   using B = Block<Arithmetic, kHS>;
   LLMC_DYNAMIC_SHARED(X, shared);
   const B block = {shared};
@@ -129,6 +132,7 @@ template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(Block<Arithmetic, kHS>::kThreads, 1)
     attention_dkdv_kernel(X* dqkv, const X* dout, const float* lse, const float* delta, const X* qkv, int heads, int T,
                           int NH, int HS, float scale) {
+  after_previous_kernel();
   using B = Block<Arithmetic, kHS>;
   LLMC_DYNAMIC_SHARED(X, shared);
   const B block = {shared};

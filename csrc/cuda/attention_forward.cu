@@ -9,6 +9,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cuda_ops.h"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 
 namespace llmc::cuda {
 namespace {
@@ -32,6 +33,7 @@ constexpr size_t kSharedBytes =
 template <typename Arithmetic, int kHS, typename X = typename Arithmetic::X>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     attention_forward_kernel(X* out, float* lse, const X* qkv, int heads, int T, int NH, int HS, float scale) {
+  after_previous_kernel();
   static_assert(kSharedBytes<Arithmetic, kHS> <= kSmallestSharedMemory);
   constexpr int kKeys = llmc::cuda::kKeys<Arithmetic, kHS>;
   using KeyTile = Tile<X, kKeys, kHS>;

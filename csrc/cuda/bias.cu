@@ -6,6 +6,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "ops/workspace.h"
 
 namespace llmc::cuda {
@@ -17,6 +18,7 @@ constexpr int kThreads = 128;
 template <typename X>
 __global__ void __launch_bounds__(kThreads)
     bias_partials_kernel(float* partials, const X* dout, int groups, int64_t N, int OC) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int64_t vectors = OC / W;  // of a row
   const int64_t group = thread_index() / vectors;

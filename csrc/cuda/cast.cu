@@ -3,6 +3,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 
 namespace llmc::cuda {
 namespace {
@@ -11,6 +12,7 @@ constexpr int kThreads = 256;
 
 template <typename Out, typename In>
 __global__ void __launch_bounds__(kThreads) cast_kernel(Out* out, const In* x, int64_t n, bool aligned) {
+  after_previous_kernel();
   for_elements<kWidth<Out, In>>(thread_index(), n, aligned, [=](int64_t i, auto count) {
     float values[count];
     load_elements(values, x + i);
@@ -20,6 +22,7 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(Out* out, const In* x, i
 
 template <typename Out, typename In>
 __global__ void __launch_bounds__(kThreads) accumulate_kernel(Out* out, const In* x, int64_t n, bool aligned) {
+  after_previous_kernel();
   for_elements<kWidth<Out, In>>(thread_index(), n, aligned, [=](int64_t i, auto count) {
     float sums[count], values[count];
     load_elements(sums, out + i);

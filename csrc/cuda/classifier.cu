@@ -15,6 +15,7 @@
 #include "core/integers.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
 
@@ -69,6 +70,7 @@ template <typename X>
 __global__ void __launch_bounds__(kMaxThreads)
     fused_classifier_kernel(X* logits, float* losses, const int32_t* targets, int V, int Vp, int vectors, float dloss,
                             bool write_dlogits) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int64_t n = gridDim.x - 1 - blockIdx.x;
   X* row = logits + n * Vp;

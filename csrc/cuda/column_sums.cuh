@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "cuda/vector.cuh"
 
 namespace llmc::cuda {
@@ -27,6 +28,7 @@ struct ColumnSums {
 template <typename G>
 __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
     add_groups_kernel(ColumnSums<G> out, const float* partials, int groups, int64_t C, bool accumulate) {
+  after_previous_kernel();
   __shared__ Packed<float> sums[kSumLanes][kSumColumns / 4];
   const int quad = threadIdx.x % (kSumColumns / 4), lane = threadIdx.x / (kSumColumns / 4);
   const int64_t begin = int64_t(blockIdx.x) * kSumColumns, stride = gridDim.y * C;

@@ -10,6 +10,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 
 namespace llmc::cuda {
@@ -25,6 +26,7 @@ constexpr int kColumns = kWarp * Packed<X>::size;  // of a warp
 template <typename X>
 __global__ void __launch_bounds__(kForwardWarps* kWarp)
     embedding_forward_kernel(X* out, const int32_t* tokens, const X* wte, const X* wpe, int64_t N, int T, int C) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int lane = threadIdx.x % kWarp;
   const int64_t n = int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp;
@@ -90,6 +92,7 @@ __device__ void add_once(G* gradient, const float (&sum)[W], int64_t row, int co
 template <typename G, typename X>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     dwte_kernel(G* dwte, const X* dout, const int32_t* tokens, const int32_t* order, int64_t N, int C, uint32_t seed) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   __shared__ int64_t shared_start;  // where the positions of a token start that all warps share, or -1
   // What each warp adds up of it: a lane's vectors in rows of their own, half of the banks apart. So neither 128 bits of
@@ -139,6 +142,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 template <typename G, typename X>
 __global__ void __launch_bounds__(kWarps* kWarp)
     dwpe_kernel(G* dwpe, const X* dout, int B, int T, int C, uint32_t seed) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int lane = threadIdx.x % kWarp, column = blockIdx.y * kColumns<X> + lane * W;
   const int t = blockIdx.x * kWarps + threadIdx.x / kWarp;

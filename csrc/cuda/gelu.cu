@@ -3,6 +3,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 
 namespace llmc::cuda {
 namespace {
@@ -53,6 +54,7 @@ __device__ float gelu_grad(float x) {
 
 template <typename X>
 __global__ void __launch_bounds__(kThreads) gelu_forward_kernel(X* out, const X* x, int64_t n) {
+  after_previous_kernel();
   for_elements<kWidth<X>>(thread_index(), n, true, [=](int64_t i, auto count) {
     float values[count];
     load_elements(values, x + i);
@@ -63,6 +65,7 @@ __global__ void __launch_bounds__(kThreads) gelu_forward_kernel(X* out, const X*
 
 template <typename X>
 __global__ void __launch_bounds__(kThreads) gelu_backward_kernel(X* dx, const X* x, int64_t n) {
+  after_previous_kernel();
   for_elements<kWidth<X>>(thread_index(), n, true, [=](int64_t i, auto count) {
     float inputs[count], gradients[count];
     load_elements(inputs, x + i);

@@ -78,6 +78,7 @@ template <typename X, int kRowThreads, bool kKeep, bool kResidual>
 __global__ void __launch_bounds__(kThreads)
     layernorm_forward_kernel(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight,
                              const X* bias, int64_t N, int C) {
+  after_previous_kernel();
   constexpr int kRows = kThreads / kRowThreads;
   LLMC_DYNAMIC_SHARED(X, shared);
   const int row = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads;
@@ -145,6 +146,7 @@ template <typename X, int kMaxThreads, int kRows>
 __global__ void __launch_bounds__(kMaxThreads)
     layernorm_backward_kernel(X* dx, float* partials, const X* dout, const X* x, const X* weight, const float* means,
                               const float* rstds, int64_t N, int C) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   constexpr int kWarps = kMaxThreads / kWarp;
   // Of each warp and row: Σ g and Σ g·xhat. Two sets take turns, so that one barrier for each is enough.
@@ -211,6 +213,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename X>
 __global__ void __launch_bounds__(kThreads) layernorm_dx_kernel(X* dx, const X* dout, const X* x, const X* weight,
                                                                 const float* means, const float* rstds, int C) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int64_t n = blockIdx.x;
   const float mean = means[n], rstd = rstds[n];
@@ -240,6 +243,7 @@ template <typename X>
 __global__ void __launch_bounds__(kThreads)
     layernorm_partials_kernel(float* partials, const X* dout, const X* x, const float* means, const float* rstds,
                               int64_t N, int C) {
+  after_previous_kernel();
   constexpr int W = Packed<X>::size;
   const int64_t c = thread_index() * W;
   if (c >= C) return;

@@ -13,6 +13,7 @@
 #define LLMC_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(cudasim::dynamic_shared())
 
 namespace llmc::cuda {
+using cudasim::after_previous_kernel;
 using cudasim::cp_async_16;
 using cudasim::cp_async_commit;
 using cudasim::cp_async_wait;
@@ -31,6 +32,20 @@ using cudasim::to_tf32;
   type* name = reinterpret_cast<type*>(llmc_dynamic_shared)
 
 namespace llmc::cuda {
+
+// Begins every kernel: no block may touch device memory before it, nor end without it. From compute capability 9.0 on, blocks
+// may be on the SMs while the kernel before theirs still runs (launch.h). They wait here until that has ended and its
+// results are visible. As it has waited in turn, all before it have ended, too: what they wrote may be read, and what
+// they read may be written. Before 9.0 there is nothing to do.
+//
+// The next kernel's blocks may come once every block of this one has been here, or has ended. So they take no room that
+// this one's blocks could use, and as early as possible is best; but not before the wait, lest two kernels' blocks wait.
+__device__ inline void after_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 

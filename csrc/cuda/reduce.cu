@@ -10,6 +10,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 #include "ops/workspace.h"
 
@@ -56,6 +57,7 @@ __device__ float add_chunk(const T* x, int n, bool aligned) {
 // The chunks of all tensors are numbered through; a block takes every gridDim.x-th.
 template <bool kSquares>
 __global__ void __launch_bounds__(kThreads) partial_sums_kernel(float* partials, const __grid_constant__ Table table) {
+  after_previous_kernel();
   double sum = 0;
   int i = 0;
   for (int64_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
@@ -76,6 +78,7 @@ __global__ void __launch_bounds__(kThreads) partial_sums_kernel(float* partials,
 // One block of kReduceBlocks threads. sum = or += Σ partials.
 __global__ void __launch_bounds__(workspace::kReduceBlocks)
     add_partials_kernel(float* sum, const float* partials, int count, bool accumulate) {
+  after_previous_kernel();
   const float total = block_sum(int(threadIdx.x) < count ? partials[threadIdx.x] : 0.0f);
   if (threadIdx.x == 0) *sum = accumulate ? *sum + total : total;
 }
@@ -102,6 +105,7 @@ void add_tensors(float* sum, const Tensor* tensors, int64_t count, bool accumula
 }
 
 __global__ void clip_scale_kernel(float* norm, float* scale, const float* sum, const float* loss, float max_norm) {
+  after_previous_kernel();
   const float value = sqrtf(*sum);
   *norm = value;
   if (is_finite(value) && is_finite(*loss)) {

@@ -5,6 +5,8 @@
 #include <string>
 #include <thread>
 
+#include "cudasim/control.h"
+#include "cudasim/ptx.h"
 #include "launch.h"
 
 namespace {
@@ -288,6 +290,58 @@ __global__ void static_and_dynamic_shared(float* out) {
 
 __global__ void nothing(float*) {}
 
+// --- kernels that begin early ----------------------------------------------------------------------------------------
+
+template <bool kWrong>
+__global__ void early_read(float* out) {
+  const float wrong = kWrong ? out[threadIdx.x] : 0;  // here: early_read
+  cudasim::after_previous_kernel();
+  out[threadIdx.x] += wrong;
+}
+
+template <bool kWrong>
+__global__ void early_write(float* out) {
+  if (!kWrong) cudasim::after_previous_kernel();
+  out[threadIdx.x] = 1.0f;  // here: early_write, early_write_in_graph
+  if (kWrong) cudasim::after_previous_kernel();
+}
+
+template <bool kWrong>
+__global__ void early_atomic(int* out) {
+  if (!kWrong) cudasim::after_previous_kernel();
+  atomicAdd(out, 1);  // here: early_atomic
+  if (kWrong) cudasim::after_previous_kernel();
+}
+
+template <bool kWrong>
+__global__ void early_copy(float* out) {
+  auto* values = reinterpret_cast<float4*>(cudasim::dynamic_shared());
+  if (!kWrong) cudasim::after_previous_kernel();
+  cudasim::cp_async_16(&values[threadIdx.x], &reinterpret_cast<float4*>(out)[threadIdx.x], true);  // here: early_copy
+  cudasim::cp_async_commit();
+  cudasim::cp_async_wait<0>();
+  if (kWrong) cudasim::after_previous_kernel();
+  out[512 + threadIdx.x] = values[threadIdx.x].x;
+}
+
+// Some threads have waited, others write.
+template <bool kWrong>
+__global__ void waited_elsewhere(float* out) {
+  if (!kWrong || threadIdx.x < 32) cudasim::after_previous_kernel();
+  __syncthreads();
+  out[threadIdx.x] = 1.0f;  // here: waited_elsewhere
+}
+
+// A block that has nothing to do.
+template <bool kWrong>
+__global__ void early_end(float* out) {  // here: early_end
+  __shared__ float values[32];
+  values[threadIdx.x] = 1.0f;
+  if (kWrong && blockIdx.x == 1) return;
+  cudasim::after_previous_kernel();
+  if (blockIdx.x == 0) out[threadIdx.x] = values[threadIdx.x];
+}
+
 // --- running them ----------------------------------------------------------------------------------------------------
 
 constexpr int kFloats = 1024;
@@ -436,6 +490,40 @@ cudaError_t run_opt_in() {
   return run_simple(kernel, 1, 32, 64 << 10);
 }
 
+template <typename T>
+cudaError_t launch_early(void (*kernel)(T*), dim3 grid, dim3 block, cudaStream_t stream, float* out,
+                         cudaLaunchAttributeID id = cudaLaunchAttributeProgrammaticStreamSerialization) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = id;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = 1024;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, reinterpret_cast<T*>(out));
+}
+
+template <typename T>
+cudaError_t run_early(void (*kernel)(T*), dim3 grid, dim3 block,
+                      cudaLaunchAttributeID id = cudaLaunchAttributeProgrammaticStreamSerialization) {
+  float* out = make_zeros();
+  cudaError_t status = launch_early(kernel, grid, block, nullptr, out, id);
+  if (status == cudaSuccess) status = cudaDeviceSynchronize();
+  cudaFree(out);
+  return status;
+}
+
+template <bool kWrong>
+cudaError_t run_early_on_old_device() {
+  if (kWrong) cudasim_set_shared_memory(99 << 10);
+  const cudaError_t status = run_early(early_write<false>, 1, 32);
+  cudasim_set_shared_memory(227 << 10);
+  return status;
+}
+
 // --- stream capture --------------------------------------------------------------------------------------------------
 
 struct Streams {
@@ -483,6 +571,11 @@ cudaError_t run_captured(Body body) {
   cudaStreamBeginCapture(s.main, cudaStreamCaptureModeThreadLocal);
   const cudaError_t first = s.add(s.main), status = body(s);
   return run_graph(s.main, first ? first : status);
+}
+
+template <bool kWrong>
+cudaError_t run_early_write_in_graph() {
+  return run_captured([](Streams& s) { return launch_early(early_write<kWrong>, 1, 32, s.main, s.x); });
 }
 
 template <bool kWrong>
@@ -661,6 +754,19 @@ std::map<std::string, cudaError_t (*)()> cases() {
       {"block_too_large", [] { return run_simple(nothing, 1, kWrong ? 1025 : 1024); }},
       {"block_too_deep", [] { return run_simple(nothing, 1, dim3(1, 1, kWrong ? 65 : 64)); }},
       {"grid_too_high", [] { return run_simple(nothing, dim3(1, kWrong ? 65536 : 2), 1); }},
+      {"early_read", [] { return run_early(early_read<kWrong>, 1, 32); }},
+      {"early_write", [] { return run_early(early_write<kWrong>, 1, 32); }},
+      {"early_write_in_graph", run_early_write_in_graph<kWrong>},
+      {"early_atomic", [] { return run_early(early_atomic<kWrong>, 1, 32); }},
+      {"early_copy", [] { return run_early(early_copy<kWrong>, 1, 32); }},
+      {"waited_elsewhere", [] { return run_early(waited_elsewhere<kWrong>, 1, 64); }},
+      {"early_end", [] { return run_early(early_end<kWrong>, 2, 32); }},
+      {"early_on_old_device", run_early_on_old_device<kWrong>},
+      {"other_attribute",
+       [] {
+         return run_early(early_write<false>, 1, 32,
+                          kWrong ? cudaLaunchAttributePriority : cudaLaunchAttributeProgrammaticStreamSerialization);
+       }},
       {"capture_synchronize", run_capture_synchronize<kWrong>},
       {"capture_query", run_capture_query<kWrong>},
       {"capture_device", run_capture_device<kWrong>},

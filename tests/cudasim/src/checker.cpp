@@ -281,6 +281,7 @@ struct {
   const Module* module;
   StaticShared memory;
   size_t dynamic_bytes;
+  bool early;
   size_t static_bytes;  // of the variables that the launch has used so far
 } running;
 std::vector<Cell> static_cells, dynamic_cells;
@@ -325,6 +326,11 @@ void check_global(const Current& access) {
   const Allocation* allocation = find_allocation(p);
   if (!allocation || !inside(*allocation, p, access.bytes)) {
     fail_access(allocation && allocation->freed ? "use-after-free" : "out-of-bounds", access, describe_address(p));
+  }
+  // Stricter than PTX: each thread must have waited itself, not only one that it met at a barrier since.
+  if (running.early && !current_thread->waited) {
+    report_site("early-access", sites[access.site], nullptr, "%s of %zu bytes before the wait for earlier kernels: %s",
+                verb(access.kind), access.bytes, describe(access).c_str());
   }
   size_t offset;
   if (access.kind != AccessKind::Write && !all_initialised(*allocation, p, access.bytes, &offset)) {
@@ -448,14 +454,14 @@ void forget_memory(const void* p, size_t bytes) {
 
 // --- synchronisation -------------------------------------------------------------------------------------------------
 
-void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes) {
+void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes, bool early) {
   in_checked = launch.checked;
   if (!launch.checked) {
     first_watched = allocation_count();
     return;
   }
   if (shared.begin != running.memory.begin || shared.variables != running.memory.variables) map_variables(shared);
-  running = {&launch, kernel_info(launch).module, shared, dynamic_bytes, 0};
+  running = {&launch, kernel_info(launch).module, shared, dynamic_bytes, early, 0};
   launch_begin = ++now;
   block_begins.clear();
   releases.clear();

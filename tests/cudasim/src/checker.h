@@ -26,7 +26,7 @@ void forget_memory(const void* p, size_t bytes);  // freed
 std::string place_of(unsigned site);
 
 // What orders accesses, told by the scheduler.
-void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes);
+void begin_launch(const Launch& launch, const StaticShared& shared, size_t dynamic_bytes, bool early);
 void begin_block();
 void note_barrier();
 void note_warp_sync(unsigned mask);  // of the running thread's warp

@@ -92,7 +92,7 @@ std::string describe_address(const void* p);
 // --- streams.cpp -----------------------------------------------------------------------------------------------------
 
 // Like enqueue, cudaStreamSynchronize and cudaDeviceSynchronize, for callers that hold an ApiCall. kind: of the node that
-// the work is in a graph: kernel, memcpy, memset, library.
+// the work is in a graph: kernel, early kernel, memcpy, memset, library.
 cudaError_t submit(cudaStream_t stream, const char* kind, std::function<void()> work);
 cudaError_t synchronize(cudaStream_t stream);
 void synchronize_all();
@@ -157,6 +157,7 @@ struct Thread {
   void* argument;
   void (*run)(void**, unsigned);
   const void* kind;
+  bool waited;  // for the kernels before
   // Its last __syncwarp that was for some lanes of the warp only (checker.cpp)
   unsigned sync_mask;
   uint64_t sync_time;
@@ -166,8 +167,9 @@ extern __thread Thread* current_thread __attribute__((tls_model("initial-exec"))
 extern std::string current_kernel;
 uint32_t live_lanes();  // of the running thread's warp
 
-// Runs all blocks, one after another. The launch has been checked.
-cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic_bytes);
+// Runs all blocks, one after another. The launch has been checked. early: on a device it may begin before the kernels
+// before it have ended.
+cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic_bytes, bool early);
 
 }  // namespace cudasim
 #pragma GCC visibility pop

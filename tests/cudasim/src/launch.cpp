@@ -1,4 +1,5 @@
 // Launches and the device as programs see it: limits, attributes, properties.
+#include <algorithm>
 #include <cstring>
 #include <unordered_map>
 
@@ -47,11 +48,24 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const Launch& launch)
            name.c_str(), config.dynamicSmemBytes, dynamic_limit(launch.kernel));
     return cudaErrorInvalidValue;
   }
-  if (config.numAttrs > 0) {
-    report("launch-limit", "kernel %s: launch attributes are not simulated", name.c_str());
-    return cudaErrorNotSupported;
+  for (unsigned i = 0; i < config.numAttrs; i++) {
+    if (config.attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) {
+      report("not-simulated", "kernel %s: launch attribute %d", name.c_str(), int(config.attrs[i].id));
+      return cudaErrorNotSupported;
+    }
+    if (capability_major() < 9) {
+      report("launch-limit", "kernel %s: programmatic stream serialization; the device has compute capability %d.%d",
+             name.c_str(), capability_major(), capability_minor());
+      return cudaErrorNotSupported;
+    }
   }
   return cudaSuccess;
+}
+
+// Whether the kernel may begin while the one before it ends.
+bool begins_early(const cudaLaunchConfig_t& config) {
+  const auto allows = [](const cudaLaunchAttribute& each) { return each.val.programmaticStreamSerializationAllowed; };
+  return std::any_of(config.attrs, config.attrs + config.numAttrs, allows);
 }
 
 }  // namespace
@@ -69,10 +83,12 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const Launch& launch) {
   if (cudaError_t error = check_launch(*config, launch)) return fail(error);
   const auto stream = find_stream(config->stream);
   if (stream && !stream->captured.in) count_launch();
-  return submit(config->stream, "kernel",
-                [launch, grid = config->gridDim, block = config->blockDim, dynamic_bytes = config->dynamicSmemBytes] {
-                  if (cudaError_t error = run_grid(launch, grid, block, dynamic_bytes)) set_sticky_error(error);
-                });
+  const bool early = begins_early(*config);
+  return submit(
+      config->stream, early ? "early kernel" : "kernel",
+      [launch, early, grid = config->gridDim, block = config->blockDim, dynamic_bytes = config->dynamicSmemBytes] {
+        if (cudaError_t error = run_grid(launch, grid, block, dynamic_bytes, early)) set_sticky_error(error);
+      });
 }
 
 }  // namespace cudasim

@@ -79,6 +79,7 @@ Order order;  // of the running grid
 void* main_stack_pointer;
 cudaError_t block_error;
 const Launch* current_launch;
+bool waited;  // a thread of the running block, for the kernels before
 
 // The barrier that some threads wait at.
 struct {
@@ -303,6 +304,7 @@ void prepare_threads(dim3 block) {
     thread.flat = uint16_t(i);
     thread.lane = uint8_t(i % kLanes);
     thread.state = State::Started;
+    thread.waited = false;
     thread.sync_time = 0;
     if (++index.x == block.x) {
       index.x = 0;
@@ -319,6 +321,7 @@ void prepare_threads(dim3 block) {
   }
   current_warp = order == Order::Reverse ? warp_count - 1 : 0;
   barrier_state = {};
+  waited = false;
 }
 
 // Two lanes that wait for each other, but with different masks.
@@ -360,7 +363,15 @@ void report_deadlock() {
   current_thread = nullptr;
 }
 
-cudaError_t run_block(dim3 block) {
+// The kernel may then end while earlier ones run, for which nothing waits that comes after it.
+void report_early_end() {
+  current_thread = &threads[0];
+  const Site kernel{static_cast<const char*>(current_launch->kernel) + 1, nullptr, 0};
+  report_site("early-end", kernel, nullptr, "the block has ended without a wait for earlier kernels");
+  current_thread = nullptr;
+}
+
+cudaError_t run_block(dim3 block, bool early) {
   prepare_threads(block);
   block_error = cudaSuccess;
   go(&main_stack_pointer, take_ready_thread());
@@ -369,6 +380,7 @@ cudaError_t run_block(dim3 block) {
     report_deadlock();
     return cudaErrorLaunchTimeout;
   }
+  if (early && !waited) report_early_end();
   return cudaSuccess;
 }
 
@@ -396,6 +408,8 @@ bool in_kernel() { return current_thread != nullptr; }
 uint32_t live_lanes() { return warps[current_thread->flat / kLanes].live; }
 
 unsigned thread_index() { return current_thread->flat; }
+
+void after_previous_kernel() { current_thread->waited = waited = true; }
 
 void fail_kernel(cudaError_t error) {
   block_error = error;
@@ -450,7 +464,7 @@ void warp_collective(unsigned mask, void* argument, void (*run)(void**, unsigned
   suspend();
 }
 
-cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic_bytes) {
+cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic_bytes, bool early) {
   make_stacks();
   const FaultHandler handler;
   order = settings().order;
@@ -459,7 +473,7 @@ cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic
   current_kernel = kernel_info(launch).name;
   cudasim_grid_dim = grid;
   cudasim_block_dim = block;
-  begin_launch(launch, shared, dynamic_bytes);
+  begin_launch(launch, shared, dynamic_bytes, early);
   begin_counted_launch(current_kernel);
   cudaError_t error = cudaSuccess;
   for (const uint32_t i : block_order(size_t(grid.x) * grid.y * grid.z)) {
@@ -470,7 +484,7 @@ cudaError_t run_grid(const Launch& launch, dim3 grid, dim3 block, size_t dynamic
         std::memset(shared.begin + variable.offset, 0xff, variable.bytes);
     std::memset(dynamic_shared(), 0xff, dynamic_bytes);
     begin_block();
-    error = run_block(block);
+    error = run_block(block, early);
     finish_async_copies();
     finish_counted_block();
     if (error) break;

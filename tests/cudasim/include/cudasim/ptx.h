@@ -14,6 +14,10 @@
 
 namespace cudasim {
 
+// griddepcontrol.wait and .launch_dependents, for the running thread. Blocks never begin early here: the checker reports
+// what would go wrong if they did.
+void after_previous_kernel();
+
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 with d = c:  c (16,8) += a (16,16) · b (16,8).
 // The products are exact, the sums fp32 in an order that hardware does not specify. All 32 lanes take part.
 void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDASIM_HERE);
