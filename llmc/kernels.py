@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmc import _C
 
 Operation = Literal["all_reduce", "reduce_scatter", "all_gather"]
-CUBLAS, CUDNN, MEMSET = "cuBLASLt", "cuDNN", "memset"  # what stands for the name of a kernel
+CUBLAS, CUDNN, MEMSET = "cuBLASLt", "cuDNN", "memset"  # what stands for the name of a kernel that is not our own
 
 VOTES = 2  # of each rank, which travel with the loss: kNumVotes in csrc/gpt2/plan.h
 MAX_TENSORS = 64  # of a reduction's launch, kMaxTensors in csrc/cuda/reduce.cu
@@ -139,6 +139,20 @@ class Step:
                 if isinstance(event, Kernel):
                     counts[event] += repetitions
         return counts
+
+    def early_launches(self) -> int:
+        """How many of our own kernels come right after one of our own: on GPUs from compute capability 9.0 on they may
+        begin while that one ends (csrc/cuda/launch.h)."""
+        count = 0
+        for phase, repetitions in self.phases():
+            after_own = False
+            for event in phase():
+                if isinstance(event, Wait) and self.world_size == 1:  # for nothing
+                    continue
+                own = isinstance(event, Kernel) and event.name not in (CUBLAS, CUDNN, MEMSET)
+                count += repetitions * (own and after_own)
+                after_own = own
+        return count
 
     def collectives(self) -> Counter[Collective]:
         counts: Counter[Collective] = Counter()

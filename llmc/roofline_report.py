@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmc.kernels import Kernel, Step
-from llmc.roofline import Machine, Prediction, predict
+from llmc.roofline import LAUNCH, Machine, Prediction, predict
 
 LARGEST = 3  # losses that are named
 # The furthest that the model is from a published step of llm.c that it was not fitted to, docs/roofline.csv.
@@ -90,4 +90,10 @@ def summary(machine: Machine, step: Step, prediction: Prediction) -> list[str]:
     ]
     for number, (cause, seconds) in enumerate(list(prediction.losses.items())[:LARGEST], 1):
         lines.append(f"  {number}. {cause}: {1e3 * seconds:.1f} ms, {100 * seconds / prediction.seconds:.1f}%")
+    if machine.gpu.begins_early:
+        early = step.early_launches()
+        lines.append(
+            f"{early} of {sum(prediction.launches.values())} launches may begin while the kernel before them ends, "
+            f"which the prediction leaves out: it saves at most {100 * early * LAUNCH / prediction.seconds:.1f}%"
+        )
     return lines

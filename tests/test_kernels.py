@@ -87,6 +87,32 @@ def test_the_launches_are_those_of_the_step():
     assert {json.dumps(step): found for step, found in zip(STEPS, differences, strict=True) if found} == {}
 
 
+COUNT_EARLY = """
+import json, sys
+import kernel_launches as k
+recorder, counts = k.Recorder(), []
+for settings in json.load(sys.stdin):
+    step = k.Step("", **settings)
+    launches = recorder.record(step)
+    own = [launch.kernel.endswith("_kernel") or "_kernel<" in launch.kernel for launch in launches]
+    counts.append([step.on_paper().early_launches(), sum(a and b for a, b in zip(own, own[1:]))])
+print(json.dumps(counts))
+"""
+
+
+def test_own_kernels_after_own_kernels():
+    """Of one micro-step and one process: the embedding of another one comes after the copy of its tokens, which nothing
+    records, and so do collectives."""
+    devices.simulator("fast")
+    several = {"world_size", "offload_piece", "accumulation_steps"}
+    alone = [step for step in STEPS if not several & step.keys()]
+    command = [sys.executable, "-c", COUNT_EARLY]
+    result = subprocess.run(command, cwd=SCRIPTS, input=json.dumps(alone), capture_output=True, text=True, check=True)
+    counts = json.loads(result.stdout)
+    assert len(counts) == len(alone) > 30
+    assert all(paper == launched > 0 for paper, launched in counts), counts
+
+
 def test_bytes_and_flops_by_hand():
     """Of 124M with B = 64 in bf16: N = 65536 rows, C = 768, L = 12, V = 50257, Vp = 50304, 124475904 parameters."""
     config = _C.GPT2Config(max_seq_len=1024, num_layers=12, num_heads=12, channels=768)

@@ -235,9 +235,22 @@ def test_report(capsys):
 
 
 def test_report_of_one_gpu(capsys):
-    """No communication; an A100 does not fuse GELU, so its kernels are there."""
+    """No communication; an A100 does not fuse GELU, so its kernels are there, and none of them begins early."""
     text = report(capsys, f"{FLAGS} --roofline A100")
-    assert "communication" not in text and "NVLink" not in text and "GELU backward" in text
+    assert "communication" not in text and "NVLink" not in text and "GELU backward" in text and "begin" not in text
+
+
+def test_what_early_launches_could_save(capsys):
+    """Of one micro-step at -r 0: the first layernorm after the embedding; in each of 12 blocks attention's second and
+    third kernel backward, and the second halves of two layernorms; that of the last layernorm; the two sums of the
+    losses after the classifier's; the second gradient of the embedding; the norm's second and third kernel."""
+    text = report(capsys, f"{FLAGS} -d 32768 --roofline H100 -r 0")
+    pattern = r"^(\d+) of (\d+) launches may begin .* at most ([\d.]+)%$"
+    early, launches, percent = re.search(pattern, text, re.M).groups()
+    assert int(early) == 1 + 12 * (2 + 2) + 1 + 2 + 1 + 2
+    assert int(launches) == int(OPERATION.findall(text)[-1][1])
+    ms = float(re.search(r"^predicted step: ([\d.]+) ms", text, re.M)[1])
+    assert float(percent) == pytest.approx(int(early) * 2.5e-3 / ms * 100, abs=0.05)
 
 
 def test_report_of_several_machines(capsys):
