@@ -18,7 +18,7 @@ from pathlib import Path
 from llmc import _C, models, roofline
 from llmc.build import core_config, memory_plan, total_bytes
 from llmc.kernels import CUDNN, Event, Kernel, Step, memset
-from llmc.roofline import GPUS, Machine, Prediction, predict
+from llmc.roofline import CAPABILITY_9, GPUS, Machine, Prediction, predict
 
 
 class LlmcStep(Step):
@@ -101,7 +101,8 @@ def fitted_share(run: Published) -> float:
 
 @dataclass(frozen=True)
 class Own:
-    """A step of this package in bf16 with the trainer's defaults but -r 0, and -z 1 on several GPUs."""
+    """A step of this package in bf16 with the trainer's defaults but -r 0, -z 1 on several GPUs, and cuDNN's attention
+    where it says so."""
 
     model: str
     descriptor: str
@@ -109,14 +110,17 @@ class Own:
     ranks: int
     B: int
     tokens: int
+    cudnn: bool
     T: int = 1024
 
 
 OWN = [
-    Own(model, descriptor, gpu, ranks, B, tokens)
+    Own(model, descriptor, gpu, ranks, B, tokens, cudnn)
     for model, descriptor, B, tokens in (("124M", "d12", 32, 524288), ("1558M", "d48", 16, 1048576))
     for gpu in GPUS
     for ranks in (1, 8)
+    # On older ones it is taken to be like our own.
+    for cudnn in ((False, True) if GPUS[gpu].generation in CAPABILITY_9 else (False,))
 ]
 
 
@@ -128,6 +132,7 @@ def own_step(run: Own) -> Step:
         recompute=0,
         gelu_fusion=2 if GPUS[run.gpu].fuses_gelu else 0,
         bias_fusion=True,
+        cudnn_attention=run.cudnn,
         zero_stage=1,
         device="cuda",
     )
@@ -184,7 +189,8 @@ def report() -> list[list[str]]:
     for own in OWN:
         step = own_step(own)
         if fits(step, own.gpu):
-            table.append(row("llmc", own, own.ranks, predict(step, Machine(GPUS[own.gpu], "bf16"))))
+            program = "llmc --attention cudnn" if own.cudnn else "llmc"
+            table.append(row(program, own, own.ranks, predict(step, Machine(GPUS[own.gpu], "bf16"))))
     return table
 
 
