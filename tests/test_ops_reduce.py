@@ -65,8 +65,9 @@ def test_sum(n: int) -> None:
         (16.0, -math.inf, 1.0, 4.0, math.nan),
     ],
 )
-def test_clip_scale(total: float, loss: float, max_norm: float, norm: float, scale: float) -> None:
-    assert ops.clip_scale(total, loss, max_norm) == pytest.approx((norm, scale), rel=0, abs=0, nan_ok=True)
+def test_clip_scale(device: str, total: float, loss: float, max_norm: float, norm: float, scale: float) -> None:
+    found = ops.clip_scale(total, loss, max_norm, device="cpu" if device == "cpu" else "cuda")
+    assert found == pytest.approx((norm, scale), rel=0, abs=0, nan_ok=True)
 
 
 def test_thread_counts() -> None:

@@ -68,11 +68,14 @@ EQUIVALENT = {  # (file, part of the line): why a mutant of that line that survi
     ("layernorm.cu", "row_bytes <="): SLOWER,
     ("layernorm.cu", "threads <="): SLOWER,
     ("layernorm.cu", "first < end"): UNUSED,
+    ("reduce.cu", "value > max_norm"): SAME,
     ("reduce.cu", "chunk < table.chunks"): "the chunk behind the last one has no elements",
 }
 TIMEOUT = 300  # seconds of processor time, which a busy machine does not lengthen; a mutant that hangs is caught
 
-BARRIER = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait<[^>]*>|cp_async_commit|__threadfence)\([^)]*\);")
+BARRIER = re.compile(
+    r"(__syncthreads|__syncwarp|cp_async_wait<[^>]*>|cp_async_commit|__threadfence|after_previous_kernel)\([^)]*\);"
+)
 # Relations with a space on both sides: clang-format writes template brackets without.
 RELATION = re.compile(r" (<|<=|>|>=) ")
 SHIFTED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
@@ -103,7 +106,7 @@ def code_lines(text: str) -> Iterator[tuple[int, int, str]]:
     offset = 0
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         code = line.split("//")[0]
-        if not code.lstrip().startswith(("#", "*", "static_assert", "template")):
+        if not code.lstrip().startswith(("#", "static_assert", "template")):
             yield number, offset, code
         offset += len(line)
 
