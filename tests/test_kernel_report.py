@@ -131,8 +131,9 @@ def test_every_kernel_is_in_the_table_for_every_architecture():
     assert len(in_sources) > 10
 
 
-def test_the_table_is_that_of_the_build(kernel_report):
-    """Where there is a build by the compiler of scripts/cuda_wheels.txt. Another one may use other registers."""
+@pytest.fixture
+def objects(kernel_report):
+    """Of the build, if it is complete and newer than its sources."""
     objects = kernel_report.built_objects()
     kernel_files = {f"{path.name}.o" for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     if {path.name for path in objects} != kernel_files:
@@ -141,6 +142,11 @@ def test_the_table_is_that_of_the_build(kernel_report):
     if max(path.stat().st_mtime for path in sources) > min(path.stat().st_mtime for path in objects):
         pytest.skip("the build with CUDA is older than its sources")
     need_tools(kernel_report)
+    return objects
+
+
+def test_the_table_is_that_of_the_build(kernel_report, objects):
+    """Where there is a build by the compiler of scripts/cuda_wheels.txt. Another one may use other registers."""
     found = kernel_report.rows(kernel_report.report(objects, kernel_report.known_launches()))
     header, *rest = found
     assert broken_promises(dict(zip(header, row, strict=True)) for row in rest) == []
@@ -148,6 +154,43 @@ def test_the_table_is_that_of_the_build(kernel_report):
     if 'set(CMAKE_CUDA_COMPILER_VERSION "13.0.88")' in compiler:
         with open(KERNELS, newline="") as file:
             assert list(csv.reader(file)) == found, "run python scripts/kernel_report.py --csv docs/kernels.csv"
+
+
+DEVICE_MEMORY = ("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG")
+
+
+def unordered(kernel_report, code):
+    """The instructions that the wait for the kernel before (griddepcontrol.wait) does not order: what touches device
+    memory or ends before it, and reads through a cache that it leaves alone."""
+    names = kernel_report.INSTRUCTION.findall
+    early = [name for name in names(code.partition("ACQBULK")[0]) if name.split(".")[0] in (*DEVICE_MEMORY, "EXIT")]
+    return early + [name for name in names(code) if "CONSTANT" in name.split(".")]
+
+
+def test_kernels_begin_after_the_one_before(kernel_report, objects):
+    """From compute capability 9.0 on, whatever nvcc has moved."""
+    for path in objects:
+        dump = kernel_report.run("cuobjdump", "--dump-sass", str(path))
+        for arch, name, code in kernel_report.functions(dump, r"(?m)^\s*Function : "):
+            waits = code.count("ACQBULK"), code.count("PREEXIT")
+            assert waits == ((0, 0) if arch == "sm_80" else (1, 1)), f"{name} on {arch}"
+            assert arch == "sm_80" or unordered(kernel_report, code) == [], f"{name} on {arch}"
+
+
+SM_90 = """
+        /*0010*/                   LDC R1, c[0x0][0x28] ;                              /* 0x0000000402047981 */
+        /*0020*/                   ACQBULK ;                                           /* 0x0000000402047981 */
+        /*0030*/                   PREEXIT ;                                           /* 0x0000000402047981 */
+        /*0040*/               @P0 EXIT ;                                              /* 0x0000000402047981 */
+        /*0050*/                   LDG.E.128 R4, desc[UR4][R2.64] ;                    /* 0x0000000402047981 */
+"""
+
+
+def test_what_is_not_ordered_is_seen(kernel_report):
+    assert unordered(kernel_report, SM_90) == []
+    assert unordered(kernel_report, SM_90.replace("ACQBULK", "NOP")) == ["EXIT", "LDG.E.128"]
+    assert unordered(kernel_report, SM_90.replace("LDC", "ATOMG.E.ADD")) == ["ATOMG.E.ADD"]
+    assert unordered(kernel_report, SM_90.replace("LDG.E.128", "LDG.E.128.CONSTANT")) == ["LDG.E.128.CONSTANT"]
 
 
 def need_tools(kernel_report, *names):
