@@ -77,6 +77,7 @@ class Options:
         cudnn_attention: bool = False,
         bias_fusion: bool = False,
         cuda_graphs: bool = False,
+        fp8: bool = False,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -110,6 +111,8 @@ class Options:
     def bias_fusion(self) -> bool: ...
     @property
     def cuda_graphs(self) -> bool: ...
+    @property
+    def fp8(self) -> bool: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1
@@ -170,6 +173,7 @@ class GPT2:
 
     rng_state: int
     last_update_rng_state: int
+    fp8_history: list[float]
     def __init__(
         self, config: GPT2Config, options: Options, comm: Communicator | None = None, timed: bool = False
     ) -> None: ...
@@ -351,6 +355,44 @@ class ops:
         dweight: Tensor, dbias: Tensor, dout: Tensor, x: Tensor, accumulate: bool = True
     ) -> None:
         """dweight += dout.T @ x; dbias += dout.sum over rows; = without accumulate"""
+
+    @staticmethod
+    def quantize(out: Tensor | None, transposed: Tensor | None, amax: Tensor | None, x: Tensor, scale: Tensor) -> None:
+        """out = x * scale[0] in FP8, saturated; transposed = out.T; amax = max(amax, |x|); each may be None"""
+
+    @staticmethod
+    def fp8_scale(scale: Tensor, x: Tensor, e5m2: bool) -> None:
+        """scale = the largest power of two for which x fits the format, and its inverse"""
+
+    @staticmethod
+    def update_fp8_scales(
+        scales: Tensor, history: Tensor, amax: Tensor | None, grad_scale: Tensor | None, first_e5m2: int
+    ) -> None:
+        """history (n,window) takes amax, unless that or grad_scale is not finite; scales (n,2) = those of its maxima"""
+
+    @staticmethod
+    def fp8_matmul_forward(
+        out: Tensor,
+        pre: Tensor | None,
+        x: Tensor,
+        unscale_x: Tensor,
+        weight: Tensor,
+        unscale_weight: Tensor,
+        bias: Tensor,
+    ) -> None:
+        """out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales; with pre its GELU"""
+
+    @staticmethod
+    def fp8_matmul_backward(
+        out: Tensor,
+        pre: Tensor | None,
+        a: Tensor,
+        unscale_a: Tensor,
+        b: Tensor,
+        unscale_b: Tensor,
+        accumulate: bool = False,
+    ) -> None:
+        """out (N,M) = or += a (N,K) @ b (M,K).T; with pre times gelu'(pre)"""
 
     @staticmethod
     def gelu_forward(out: Tensor, x: Tensor) -> None:

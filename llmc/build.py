@@ -83,6 +83,27 @@ def core_config(model: str, shape: ModelShape) -> "_C.GPT2Config":
         raise RunError(f"{model}: {error}") from error
 
 
+def check_fp8(config: TrainConfig, shape: ModelShape, precision: FileDtype, device: Device) -> None:
+    """UsageError for --fp8 1 where it cannot be."""
+    if not config.fp8:
+        return
+    if not device.is_cuda:
+        raise UsageError("--fp8 1 needs a GPU, this run is on a CPU: drop it")
+    if not device.has_fp8:
+        raise UsageError(f"--fp8 1 needs a GPU of compute capability 8.9 or newer, which {device.name} is not: drop it")
+    if precision != "bf16":
+        raise UsageError(f"--fp8 1 needs --precision bf16, this run is in {precision}: drop it")
+    if config.batch_size * config.seq_len % 16 != 0:
+        raise UsageError(
+            f"--fp8 1 needs batches of a multiple of 16 tokens, -b {config.batch_size} times -t {config.seq_len} is "
+            f"{config.batch_size * config.seq_len}: change one of them"
+        )
+    if shape.channels % 16 != 0:
+        raise UsageError(
+            f"--fp8 1 needs channels that are a multiple of 16, -e {config.model} has {shape.channels}: drop it"
+        )
+
+
 def core_options(
     config: TrainConfig,
     precision: FileDtype,
@@ -123,6 +144,7 @@ def core_options(
         offload_optimizer=config.offload_optimizer,
         cudnn_attention=cudnn,
         cuda_graphs=config.cuda_graphs,
+        fp8=config.fp8,
     )
 
 

@@ -182,6 +182,13 @@ class TrainConfig:
     cuda_graphs: bool = flag(
         "", False, "numerics", ANY, "1: the CPU launches a pass on a GPU, and the update, as one; the same bits"
     )
+    fp8: bool = flag(
+        "",
+        False,
+        "numerics",
+        ANY,
+        "1: the matrix products of the blocks in FP8 with delayed scaling, on a GPU of compute capability 8.9 or newer",
+    )
     recompute: int = flag(
         "-r",
         1,

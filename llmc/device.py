@@ -23,6 +23,7 @@ class Device:
     name: str  # of the processor
     memory: int  # bytes that the run may use
     fuses_gelu: bool  # whether a GELU inside the matrix products costs nothing
+    has_fp8: bool = False
     index: int = 0  # of a GPU
     pci_bus_id: str = ""
 
@@ -65,8 +66,9 @@ def choose_device(config: TrainConfig, local_rank: int = 0, local_size: int = 1)
     if index >= len(gpus):
         raise RunError(f"{local_size} processes on this machine, which has {len(gpus)} GPUs: start one process per GPU")
     gpu = gpus[index]
-    fuses_gelu = gpu["compute_capability"] >= (9, 0)
-    return Device(f"cuda:{index}", gpu["name"], gpu["memory"], fuses_gelu, index, gpu["pci_bus_id"])
+    capability = gpu["compute_capability"]
+    fuses_gelu, has_fp8 = capability >= (9, 0), capability >= (8, 9)
+    return Device(f"cuda:{index}", gpu["name"], gpu["memory"], fuses_gelu, has_fp8, index, gpu["pci_bus_id"])
 
 
 def cpu(local_size: int = 1) -> Device:
@@ -94,9 +96,9 @@ def device_on_paper(config: TrainConfig, memory: int | None, roofline: str | Non
         if config.device == "cpu":
             raise UsageError(f"--roofline {roofline} is a GPU: drop --device cpu")
         gpu = GPUS[roofline]
-        device = Device("cuda:0", gpu.device, gpu.memory_mib * 2**20, gpu.fuses_gelu)
+        device = Device("cuda:0", gpu.device, gpu.memory_mib * 2**20, gpu.fuses_gelu, gpu.has_fp8)
     elif config.device == "cuda" and memory is not None:
-        device = Device("cuda:0", "GPU", memory, fuses_gelu=True)
+        device = Device("cuda:0", "GPU", memory, fuses_gelu=True, has_fp8=True)
     else:
         try:
             device = choose_device(config)

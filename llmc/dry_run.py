@@ -8,6 +8,7 @@ from llmc.build import (
     HOST,
     Buffer,
     bytes_by_lifetime,
+    check_fp8,
     core_config,
     core_options,
     is_file,
@@ -40,6 +41,7 @@ def dry_run(config: TrainConfig, memory_gib: float | None, roofline: str | None)
     if shape.max_seq_len < config.seq_len:
         raise UsageError(f"-t {config.seq_len} is longer than the context of -e {config.model}: {shape.max_seq_len}")
     precision = precision_of(config, device.is_cuda, stored_as)
+    check_fp8(config, shape, precision, device)
     P = config.num_processes
     accumulation_steps = config.accumulation_steps(P)
     steps = steps_line(config, accumulation_steps * P * config.batch_size * config.seq_len)

@@ -23,6 +23,7 @@ CUBLAS, CUDNN, MEMSET = "cuBLASLt", "cuDNN", "memset"  # what stands for the nam
 VOTES = 2  # of each rank, which travel with the loss: kNumVotes in csrc/gpt2/plan.h
 MAX_TENSORS = 64  # of a reduction's launch, kMaxTensors in csrc/cuda/reduce.cu
 MAX_SLICES = 448  # of AdamW's launch, kMaxSlices in csrc/cuda/adamw.cu
+FP8_WINDOW = 16  # kFp8Window in csrc/gpt2/fp8.h
 MAX_LAYERNORM_THREADS = 1024  # a longer row takes two kernels backward, csrc/cuda/layernorm.cu
 
 
@@ -38,6 +39,7 @@ class Kernel:
     useful_flops: float = 0  # of them, those that the model's flops count: no recomputation
     product: tuple[int, int, int] | None = None  # rows and columns of the result, depth
     attention: tuple[str, int] | None = None  # forward or backward, and T
+    fp8: bool = False  # of a product's factors
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,14 @@ class Store:
 Event = Kernel | Collective | Wait | Fetch | Store
 
 
-def product(what: str, M: int, N: int, K: int, moved: float) -> Kernel:
+def product(what: str, M: int, N: int, K: int, moved: float, fp8: bool = False) -> Kernel:
     flops = 2 * M * N * K
-    return Kernel("matrix products", what, CUBLAS, moved, flops, flops, (M, N, K))
+    return Kernel("matrix products", what, CUBLAS, moved, flops, flops, (M, N, K), fp8=fp8)
+
+
+def conversion(what: str, values: int, copies: int = 1) -> Kernel:
+    """From bf16 to FP8, as the tensor lies, transposed or both."""
+    return Kernel("FP8", f"{what}, to FP8", "quantize_kernel*", (2 + copies) * values)
 
 
 def again(kernel: Kernel) -> Kernel:
@@ -106,6 +113,8 @@ class Step:
         self.N = self.B * self.T
         self.x = ITEM_BYTES[options.precision]  # bytes of a parameter or activation
         self.g = ITEM_BYTES[options.grad_dtype]  # of a gradient of a parameter
+        self.factor = 1 if options.fp8 else self.x  # of a factor of the blocks' products
+        self.fp8_tensors = 12 * self.L if options.fp8 else 0
         self.has_master = options.precision == "bf16" and options.master_weights
         self.model_flops_per_token = 6 * config.num_parameters + 6 * self.L * self.C * self.T
         self.residual = self.x * self.N * self.C
@@ -187,18 +196,18 @@ class Step:
     def forward_block(self) -> list[Kernel]:
         """Without the layernorm behind it, which waits for the next block's parameters."""
         last = self.product_forward("fc projection", self.C, 4 * self.C)
-        return [*self.forward_attention(), *self.forward_attention_projection(), *self.forward_fc(), last]
+        return [*self.forward_attention(), *self.forward_attention_projection(), *self.forward_fc(), *last]
 
     def forward_attention(self) -> list[Kernel]:
-        return [self.product_forward("qkv", 3 * self.C, self.C), self.attention_forward()]
+        return [*self.product_forward("qkv", 3 * self.C, self.C), self.attention_forward()]
 
     def forward_attention_projection(self) -> list[Kernel]:
-        return [self.product_forward("attention projection", self.C, self.C), self.residual_layernorm()]
+        return [*self.product_forward("attention projection", self.C, self.C), self.residual_layernorm()]
 
     def forward_fc(self) -> list[Kernel]:
         fused = self.options.gelu_fusion >= 1
         fc = self.product_forward("fc", 4 * self.C, self.C, extra=4 * self.residual if fused else 0)
-        return [fc] if fused else [fc, self.gelu_forward()]
+        return fc if fused else [*fc, self.gelu_forward()]
 
     def backward(self, micro_step: int) -> Iterator[Event]:
         last_micro_step = micro_step == self.accumulation_steps - 1
@@ -209,6 +218,8 @@ class Step:
         yield from self.open_gradients(self.last_unit)
         if micro_step == 0:
             yield memset("losses", 4 * self.N)
+        if micro_step == 0 and self.fp8_tensors:
+            yield memset("largest values for FP8", 4 * self.fp8_tensors)
         yield from self.loss_head(accumulate)
         if last_micro_step:
             yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
@@ -238,24 +249,20 @@ class Step:
         C, r = self.C, self.options.recompute
         kernels = self.recomputed_first()
         fused = self.options.gelu_fusion >= 2
-        kernels.append(self.product_input("fc projection", C, 4 * C, extra=4 * self.residual if fused else 0))
+        kernels += self.product_backward("fc projection", C, 4 * C, accumulate, 4 * self.residual if fused else 0)
         if not fused:
             kernels.append(Kernel("GELU", "GELU backward", "gelu_backward_kernel*", 12 * self.residual))
-        kernels += self.parameters_backward("fc projection", C, 4 * C, accumulate)
         if r == 2:
             kernels.append(self.layernorm())
-        kernels.append(self.product_input("fc", 4 * C, C))
-        kernels += self.parameters_backward("fc", 4 * C, C, accumulate)
+        kernels += self.product_backward("fc", 4 * C, C, accumulate)
         kernels += self.layernorm_backward(accumulate)
-        kernels.append(self.product_input("attention projection", C, C))
-        kernels += self.parameters_backward("attention projection", C, C, accumulate)
+        kernels += self.product_backward("attention projection", C, C, accumulate)
         if r >= 2:
             kernels.append(self.layernorm())
         if r == 3:
-            kernels.append(again(self.product_forward("qkv", 3 * C, C)))
+            kernels += map(again, self.product_forward("qkv", 3 * C, C))
         kernels += self.attention_backward()
-        kernels.append(self.product_input("qkv", 3 * C, C))
-        kernels += self.parameters_backward("qkv", 3 * C, C, accumulate)
+        kernels += self.product_backward("qkv", 3 * C, C, accumulate)
         kernels += self.layernorm_backward(accumulate)
         return kernels
 
@@ -304,22 +311,34 @@ class Step:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def product_forward(self, what: str, OC: int, IC: int, extra: float = 0) -> Kernel:
-        return product(what, self.N, OC, IC, self.x * (self.N * (OC + IC) + OC * IC) + extra)
+    def product_forward(self, what: str, OC: int, IC: int, extra: float = 0) -> list[Kernel]:
+        N, fp8 = self.N, self.options.fp8
+        moved = self.factor * (N * IC + OC * IC) + self.x * N * OC + extra
+        forward = product(what, N, OC, IC, moved, fp8)
+        if not fp8:
+            return [forward]
+        return [conversion(f"{what}, input", N * IC), conversion(f"{what}, weight", OC * IC), forward]
 
-    def product_input(self, what: str, OC: int, IC: int, extra: float = 0) -> Kernel:
-        moved = self.x * (self.N * (OC + IC) + OC * IC) + extra
-        return product(f"{what}, input gradient", self.N, IC, OC, moved)
+    def product_backward(self, what: str, OC: int, IC: int, accumulate: bool, extra: float = 0) -> list[Kernel]:
+        N, fp8 = self.N, self.options.fp8
+        moved = self.factor * (N * OC + OC * IC) + self.x * N * IC + extra
+        dx = product(f"{what}, input gradient", N, IC, OC, moved, fp8)
+        parameters = self.parameters_backward(what, OC, IC, accumulate)
+        if not fp8:
+            return [dx, *parameters]
+        dout = conversion(f"{what}, gradient twice", N * OC, copies=2)
+        weight, x = conversion(f"{what}, weight", OC * IC), conversion(f"{what}, input", N * IC)
+        return [dout, weight, dx, x, *parameters]
 
     def parameters_backward(self, what: str, OC: int, IC: int, accumulate: bool) -> list[Kernel]:
         passes = 2 if accumulate else 1  # over the gradient
-        moved = self.x * self.N * (OC + IC) + passes * self.g * OC * IC
-        if self.options.bias_fusion:
+        moved = self.factor * self.N * (OC + IC) + passes * self.g * OC * IC
+        if self.options.bias_fusion and not self.options.fp8:
             both = product(f"{what}, gradients of weight and bias", OC, IC, self.N, moved + self.g * OC)
             adds = Kernel("bias gradients", "sum of the micro-steps", "accumulate_kernel*", 3 * self.g * OC)
             return [both, adds] if accumulate else [both]
         return [
-            product(f"{what}, weight gradient", OC, IC, self.N, moved),
+            product(f"{what}, weight gradient", OC, IC, self.N, moved, self.options.fp8),
             Kernel("bias gradients", "bias gradient", "bias_partials_kernel*", self.x * self.N * OC),
             Kernel("bias gradients", "sum of the rows' groups", "add_groups_kernel*", passes * self.g * OC),
         ]
@@ -412,6 +431,8 @@ class Step:
             yield from self.collective("all_reduce", "norm", 4)
         yield Wait("norm")
         yield Kernel("norm and loss", "clip factor", "clip_scale_kernel*", 0)
+        if self.fp8_tensors:
+            yield Kernel("FP8", "scales", "update_scales_kernel*", 4 * self.fp8_tensors * (1 + 2 * FP8_WINDOW + 2))
         value = 8 + self.x if self.has_master else 2 * self.x  # read and written, but only written with a master copy
         yield memset("broken parameters", 4)
         moved = (gradient + 16 + value) / parts  # for each parameter

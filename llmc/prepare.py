@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llmc import models
 from llmc.build import (
     Buffer,
+    check_fp8,
     core_config,
     core_options,
     host_bytes,
@@ -152,6 +153,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> Run:
     check_output_dir(config.output_dir)
 
     check_attention(config)
+    check_fp8(config, shape, precision, device)
     sizes, options = core_config(f"-e {config.model}", shape), core_options(config, precision, device)
     buffers = memory_plan(sizes, options, P)
     if config.async_checkpoint:

@@ -51,6 +51,15 @@ class Gpu:
         """A kernel may begin while the one before it ends (csrc/cuda/launch.h)."""
         return self.generation in CAPABILITY_9
 
+    @property
+    def has_fp8(self) -> bool:
+        return self.generation != "Ampere"
+
+    @property
+    def fp8_peak(self) -> float:
+        """Twice that of bf16, on all data sheets of those that have it."""
+        return 2 * self.peak("bf16", False)
+
     def peak(self, precision: FileDtype, tf32: bool) -> float:
         peak = peak_flops(self.device, precision) if precision == "bf16" or tf32 else self.fp32
         assert peak is not None
@@ -81,6 +90,7 @@ GPUS = {
 AMPERE, HOPPER = 0.813, 0.695
 PRODUCT_SHARE: dict[Generation, float] = {"Ampere": AMPERE, "Ada": AMPERE, "Hopper": HOPPER, "Blackwell": HOPPER}
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # rows and columns of the result
+# FP8 is taken to reach the same share of a peak twice as high.
 # K may be cut into parts where there are too few tiles; their results are added in fp32.
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 SHORTEST_K = 512
@@ -135,16 +145,19 @@ class Machine:
     def bandwidth(self) -> float:
         return MEMORY_SHARE * self.gpu.bandwidth
 
+    def peak_in(self, fp8: bool) -> float:
+        return self.gpu.fp8_peak if fp8 else self.peak
+
     def least_seconds(self, kernel: Kernel) -> float:
         """The roofline of the data sheet."""
-        return max(kernel.bytes / self.gpu.bandwidth, kernel.flops / self.peak)
+        return max(kernel.bytes / self.gpu.bandwidth, kernel.flops / self.peak_in(kernel.fp8))
 
     def seconds(self, kernel: Kernel) -> float:
         return LAUNCH + max(kernel.bytes / self.bandwidth, self.arithmetic_seconds(kernel))
 
     def arithmetic_seconds(self, kernel: Kernel) -> float:
         if kernel.product is not None:
-            return self.product_seconds(*kernel.product)
+            return self.product_seconds(*kernel.product, kernel.fp8)
         if kernel.attention is None or kernel.flops == 0:
             return 0
         direction, T = kernel.attention
@@ -153,17 +166,18 @@ class Machine:
             peak, (share, half) = self.peak, CUDNN_ATTENTION[direction]
         return kernel.flops / (peak * share * T / (T + half))
 
-    def product_seconds(self, M: int, N: int, K: int) -> float:
+    def product_seconds(self, M: int, N: int, K: int, fp8: bool = False) -> float:
         """With the best tile and the best split of K."""
         splits = [split for split in SPLITS if split == 1 or split * SHORTEST_K <= K]
-        return min(self.tiled_seconds(M, N, K, *tile, split) for tile in TILES for split in splits)
+        return min(self.tiled_seconds(M, N, K, *tile, split, fp8) for tile in TILES for split in splits)
 
-    def tiled_seconds(self, M: int, N: int, K: int, rows: int, columns: int, split: int) -> float:
+    def tiled_seconds(self, M: int, N: int, K: int, rows: int, columns: int, split: int, fp8: bool = False) -> float:
         """Waves of tiles, each of which has an SM for the time of its flops; then the parts of a split K are added."""
         tiles = math.ceil(M / rows) * math.ceil(N / columns) * split
         waves = math.ceil(tiles / self.gpu.sms)
         edge = (1 + TILE_EDGE * (1 / rows + 1 / columns)) / (1 + TILE_EDGE * (1 / 256 + 1 / 128))
-        tile_seconds = TILE_START + 2 * rows * columns * K / split * edge / (self.share * self.peak / self.gpu.sms)
+        rate = self.share * self.peak_in(fp8) / self.gpu.sms
+        tile_seconds = TILE_START + 2 * rows * columns * K / split * edge / rate
         sums = 2 * split * 4 * M * N / self.bandwidth if split > 1 else 0
         return waves * tile_seconds + sums
 
@@ -184,16 +198,18 @@ class Machine:
 
     def losses(self, kernel: Kernel) -> dict[str, float]:
         """Seconds of a launch beyond those of its useful flops at the peak, by their cause."""
-        work = self.seconds(kernel) - LAUNCH
-        ideal = kernel.useful_flops / self.peak
+        work, peak = self.seconds(kernel) - LAUNCH, self.peak_in(kernel.fp8)
+        ideal = kernel.useful_flops / peak
         losses = {"launches": LAUNCH}
         if kernel.product is None:
             losses[kernel.group] = work - ideal
         else:
-            reached = kernel.flops / (self.share * self.peak)
-            losses["recomputed products"] = kernel.flops / self.peak - ideal
-            losses["products: their share of the peak at best"] = reached - kernel.flops / self.peak
+            reached = kernel.flops / (self.share * peak)
+            losses["recomputed products"] = kernel.flops / peak - ideal
+            losses["products: their share of the peak at best"] = reached - kernel.flops / peak
             losses["products: tiles, waves and short loops"] = work - reached
+        if kernel.fp8:
+            losses["FP8"] = ideal - kernel.useful_flops / self.peak  # a gain
         return losses
 
 

@@ -26,19 +26,20 @@ class Sum:
 def roofline_report(name: str, machine: Machine, step: Step, at_stage: Callable[[int], Step]) -> str:
     """name: of the GPU. at_stage: the same step at another ZeRO stage."""
     prediction = predict(step, machine)
-    parts = [heading(name, machine, step.world_size), *kernel_lines(machine, prediction)]
+    parts = [heading(name, machine, step.world_size, step.options.fp8), *kernel_lines(machine, prediction)]
     if step.world_size > 1:
         parts += ["", *stage_lines(machine, step, at_stage)]
     return "\n".join([*parts, "", *summary(machine, step, prediction)])
 
 
-def heading(name: str, machine: Machine, ranks: int) -> str:
+def heading(name: str, machine: Machine, ranks: int, in_fp8: bool) -> str:
     gpu = machine.gpu
     links = f"; {gpu.link_name} at {gpu.link / 1e9:g} GB/s" if ranks > 1 else ""
     if ranks > machine.gpus_per_node:
         links += f", {gpu.network / 1e9:g} GB/s for each GPU between machines of {machine.gpus_per_node}"
+    fp8 = f" in bf16, of which the MFU is, and {gpu.fp8_peak / 1e12:.0f} in FP8" if in_fp8 else ""
     return (
-        f"predicted for {name} ({gpu.device}), measured by nobody: data sheet {machine.peak / 1e12:.0f} TFLOP/s, "
+        f"predicted for {name} ({gpu.device}), measured by nobody: data sheet {machine.peak / 1e12:.0f} TFLOP/s{fp8}, "
         f"{gpu.bandwidth / 1e9:g} GB/s{links}\n\nthe kernels of a step of one process:"
     )
 

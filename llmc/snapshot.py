@@ -96,6 +96,7 @@ def contents_of(run: "Run", step: int) -> Contents:
         loader=run.train_loader.state(),
         loss_window=tuple(run.loss_outliers.window),
         norm_window=tuple(run.norm_outliers.window),
+        fp8_history=tuple(model.fp8_history),
     )
     units = (model.gather_parameters(unit) for unit in range(shape.num_layers + 2))
     return Contents(units, state, {name: list(pieces(model, shape, source)) for name, source in sources.items()})
@@ -304,3 +305,6 @@ def restore(stored: Stored, model: "_C.GPT2") -> None:
     model.rng_state, model.last_update_rng_state = states[0].rng_state, states[0].last_update_rng_state
     if precision == "bf16" and model.options.master_weights:
         model.restore_parameters()
+    if model.options.fp8:  # each rank has its own, from its own batches
+        history = list(states[model.rank].fp8_history) if len(states) == model.world_size else []
+        model.fp8_history = history if len(history) == model.buffer("fp8_history").numel() else []

@@ -56,6 +56,7 @@ class TrainState:
     loader: LoaderState
     loss_window: tuple[float, ...]  # of the outlier detectors, oldest first
     norm_window: tuple[float, ...]
+    fp8_history: tuple[float, ...] = ()  # of this rank; empty without --fp8 1
 
     @property
     def arrays(self) -> list[str]:
@@ -87,6 +88,7 @@ def write_state(path: PathLike, state: TrainState, arrays: Mapping[str, list["to
         {
             "loss_window": state.loss_window,
             "norm_window": state.norm_window,
+            **({"fp8_history": state.fp8_history} if state.fp8_history else {}),
             "B": loader.B,
             "T": loader.T,
             "epoch": loader.epoch,
@@ -160,6 +162,7 @@ def read_rest(path: PathLike, header: np.ndarray, N: int, array_size: int, zero_
         loader=replace(loader, B=trailer.B, T=trailer.T, epoch=trailer.epoch, consumed=trailer.consumed),
         loss_window=trailer.loss_window,
         norm_window=trailer.norm_window,
+        fp8_history=trailer.fp8_history,
     )
 
 
@@ -184,6 +187,7 @@ class Trailer:
 
     loss_window: tuple[float, ...] = ()
     norm_window: tuple[float, ...] = ()
+    fp8_history: tuple[float, ...] = ()
     B: int | None = None
     T: int | None = None
     epoch: int = 0
@@ -229,6 +233,7 @@ class Reader:
             return Trailer(
                 numbers_of(fields["loss_window"]),
                 numbers_of(fields["norm_window"]),
+                numbers_of(fields.get("fp8_history", [])),
                 B if B is None else whole_number(B, 1),
                 T if T is None else whole_number(T, 1),
                 whole_number(fields.get("epoch", 0)),

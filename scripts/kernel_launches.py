@@ -58,6 +58,7 @@ class Step:
     accumulation_steps: int = 1
     offload_piece: int = 0  # of an offloaded optimizer; 0: it is on the GPU
     cuda_graphs: bool = False
+    fp8: bool = False
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -90,6 +91,7 @@ class Step:
             offload_optimizer=self.offload_piece > 0,
             offload_piece=self.offload_piece,
             cuda_graphs=self.cuda_graphs,
+            fp8=self.fp8,
         )
 
     def on_paper(self) -> kernels.Step:
@@ -109,6 +111,7 @@ STEPS = [
 OTHERS = [
     Step("124M, fp32 gradients", "d12", B=4, grad_dtype="fp32"),
     Step("124M, bias gradients apart", "d12", B=4, bias_fusion=False),
+    Step("124M FP8", "d12", B=4, fp8=True),
     Step("124M fp32, bias gradients apart", "d12", B=4, precision="fp32", bias_fusion=False),
     *(
         Step(f"{name} {mode}", descriptor, B=4, T=T, precision=precision, tf32=tf32)

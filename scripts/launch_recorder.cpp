@@ -38,7 +38,9 @@ struct Matrix {
   explicit Matrix(const void* layout)
       : rows(attribute(kGetter, layout, 2, 8)),
         columns(attribute(kGetter, layout, 3, 8)),
-        bytes(rows * columns * (attribute(kGetter, layout, 0, 4) == 0 ? 4 : 2)) {}  // 0 is CUDA_R_32F, else bf16
+        bytes(rows * columns * size(attribute(kGetter, layout, 0, 4))) {}
+  // CUDA_R_32F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2; else bf16.
+  static uint64_t size(uint64_t type) { return type == 0 ? 4 : type == 28 || type == 29 ? 1 : 2; }
   static constexpr const char* kGetter = "cublasLtMatrixLayoutGetAttribute";
   uint64_t rows, columns, bytes;
 };

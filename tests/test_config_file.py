@@ -94,6 +94,7 @@ CHANGED = TrainConfig(
     gelu_fusion=2,
     attention="cudnn",
     cuda_graphs=True,
+    fp8=True,
     recompute=0,
     offload_optimizer=True,
     zero_stage=3,

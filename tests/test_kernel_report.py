@@ -53,7 +53,11 @@ PROMISES = {
     "layernorm_forward_kernel<*, false>": (3, 1, False),
     "layernorm_partials_kernel<*>": (2, 2, False),
     "partial_sums_kernel<*>": (2, 0, False),
+    "quantize_kernel<*, false>": (4, 0, False),  # to bytes, 64 bits wide
+    "quantize_kernel<*, true>": (4, 2, False),  # transposed
     "round_parameters_kernel<*>": (1, 0, False),
+    "scale_kernel": (0, 0, False),  # two numbers
+    "update_scales_kernel": (0, 0, False),  # 16 numbers of a tensor
 }
 
 

@@ -38,6 +38,11 @@ STEPS = [
         for z in (0, 1, 2, 3)
         for P, A in ((1, 3), (2, 1), (3, 4))
     ),
+    *(
+        {"descriptor": TINY, "B": 2, "T": 16, "fp8": True, "recompute": r, "gelu_fusion": ge, "accumulation_steps": A}
+        for r, ge, A in ((0, 0, 1), (1, 2, 3), (2, 1, 2), (3, 2, 1), (4, 0, 2))
+    ),
+    {"descriptor": TINY, "B": 2, "T": 16, "fp8": True, "zero_stage": 2, "world_size": 2, "grad_dtype": "fp32"},
     {"descriptor": TINY, "B": 2, "T": 16, "accumulation_steps": 3, "bias_fusion": False},
     {"descriptor": "custom:l=1,c=32,h=2,t=16,v=65", "B": 1, "T": 16, "zero_stage": 3, "world_size": 2},
     *(
@@ -160,6 +165,21 @@ def test_bytes_and_flops_by_hand():
     useful = sum(value for (_, what), value in sums.items() if what == "useful")
     others = 1024 * 768 + 12 * 13 * 768 + 2 * 768
     assert step.model_flops_per_token * 65536 == useful + 6 * 65536 * others
+
+
+def test_conversions_to_fp8_by_hand():
+    """Forward x and weight (OC,IC), backward both transposed and the result's gradient twice: two bytes of a value are
+    read, one is written each time. Then they are the products' factors."""
+    config = _C.GPT2Config(max_seq_len=1024, num_layers=12, num_heads=12, channels=768)
+    options = _C.Options(batch_size=64, seq_len=1024, precision="bf16", device="cuda", recompute=0, fp8=True)
+    moved, products = 0, Counter()
+    for kernel, count in Step(config, options).launches().items():
+        moved += kernel.bytes * count * (kernel.name == "quantize_kernel*")
+        products[kernel.fp8] += kernel.bytes * count * (kernel.name == "cuBLASLt" and "logits" not in kernel.what)
+    N, shapes = 65536, ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+    assert moved == 12 * sum(2 * 3 * (N * IC + OC * IC) + 4 * N * OC for OC, IC in shapes)
+    sums = sum(2 * (N * (IC + OC) + OC * IC) for OC, IC in shapes)  # results in bf16: out, dx and dweight
+    assert products == {True: 12 * (sums + sum(2 * (N * (IC + OC) + OC * IC) for OC, IC in shapes)), False: 0}
 
 
 def test_cudnns_attention_by_hand():

@@ -129,12 +129,22 @@ def model(layers=3, **options):
     return config, _C.Options(batch_size=8, seq_len=1024, precision="bf16", device="cuda", **options)
 
 
+def test_fp8_by_hand():
+    """Twice the rate while a tile computes, the same wait; the largest of the data sheets' figures without sparsity."""
+    peaks = {name: round(GPUS[name].fp8_peak / 1e12) for name in ("H100", "H200", "B200", "4090")}
+    assert peaks == {"H100": 1979, "H200": 1979, "B200": 4498, "4090": 330}
+    machine = Machine(GPUS["H100"], "bf16", product_share=1)
+    tile = 2 * 256 * 128 * 4096 / (1979.05e12 / 132)
+    assert machine.product_seconds(256 * 12, 128 * 11, 4096, fp8=True) == pytest.approx(3.5e-6 + tile, rel=1e-4)
+    assert [name for name in GPUS if not GPUS[name].has_fp8] == ["A100", "A100-40GB", "A100-PCIe"]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("gpu", ["A100", "4090"])
-def test_the_times_add_up(stage, gpu):
+@pytest.mark.parametrize(("gpu", "fp8"), [("A100", False), ("4090", False), ("4090", True)])
+def test_the_times_add_up(stage, gpu, fp8):
     """Step = the useful flops at the peak + all losses. Micro-steps that are skipped take as long as the others."""
     machine = Machine(GPUS[gpu], "bf16")
-    step = Step(*model(zero_stage=stage), world_size=8, accumulation_steps=7)
+    step = Step(*model(zero_stage=stage, fp8=fp8), world_size=8, accumulation_steps=7)
     prediction = predict(step, machine)
     useful = sum(kernel.useful_flops * count for kernel, count in prediction.launches.items())
     assert prediction.seconds == pytest.approx(useful / machine.peak + sum(prediction.losses.values()))

@@ -115,6 +115,7 @@ def our_state(master=True, shuffle=True, position=17, stage=0):
         loader=LoaderState(shuffle, 1, 5, *(order if shuffle else empty), KEY, position, 6, 32, 2, CONSUMED),
         loss_window=(0.1, 1e-300, 1 / 3, 4.170298),
         norm_window=(1e300, 5e-324),
+        fp8_history=() if stage == 0 else (0.0, 448.0, 1e-30),
     )
 
 
@@ -155,6 +156,7 @@ def test_what_is_written(tmp_path, master, shuffle, stage, position):
     assert json.loads(raw[offset + 12 :]) == {
         "loss_window": [0.1, 1e-300, 1 / 3, 4.170298],
         "norm_window": [1e300, 5e-324],
+        **({} if stage == 0 else {"fp8_history": [0.0, 448.0, 1e-30]}),
         "B": 6,
         "T": 32,
         "epoch": 2,

@@ -13,6 +13,7 @@ from training_data import V, text, write_shard, write_tokenizer
 
 from llmc import algorithms
 from llmc.algorithms import read_algorithms, write_algorithms
+from llmc.state_file import read_state
 
 RUNNER = Path(__file__).parent / "run_in_simulator.py"
 BASE = (
@@ -64,14 +65,35 @@ def test_it_learns_and_names_the_device():
     assert "n/a bf16 MFU" in output  # no peak is known of it
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_bit_equal(directory, precision):
-    flags = f"-x 6 -n 3 --precision {precision}"
-    train(f"{flags} -o whole")
-    train(f"-n 3 --precision {precision} -x 3 -o parts")
-    assert "resuming at step 3" in train(f"{flags} -o parts -y 1")
-    for name in ("model_00000006.bin", "state_00000006_00000.bin"):
+NUMERICS = [("--precision fp32", 1), ("--precision bf16", 1), ("--fp8 1 -v 2 -s 2", 1), ("--fp8 1 -z 3 -r 4 -ge 2", 2)]
+
+
+@pytest.mark.parametrize(("numerics", "ranks"), NUMERICS)
+def test_resume_is_bit_equal(directory, numerics, ranks):
+    flags = f"-n 3 {numerics}"
+    train(f"{flags} -x 6 -o whole", ranks)
+    train(f"{flags} -x 3 -o parts", ranks)
+    assert "resuming at step 3" in train(f"{flags} -x 6 -o parts -y 1", ranks)
+    for name in ("model_00000006.bin", *(f"state_00000006_0000{rank}.bin" for rank in range(ranks))):
         assert (directory / "whole" / name).read_bytes() == (directory / "parts" / name).read_bytes()
+
+
+def test_fp8_goes_on_with_other_ranks_or_without(directory):
+    """With scales found anew; a history of other length than this version's counts as none."""
+    train("--fp8 1 -x 2 -n 2 -o run", 2)
+    state = read_state(directory / "run" / "state_00000002_00001.bin")
+    assert len(state.fp8_history) == 3 * 2 * 4 * 16
+    output = train("--fp8 1 -x 4 -n 2 -o run -y 1")
+    assert re.search(r"\| precision +\| BF16 and FP8 ", output) and len(losses(output)) == 2
+    assert len(losses(train("-x 6 -n 2 -o run -y 1"))) == 2
+    assert read_state(directory / "run" / "state_00000006_00000.bin").fp8_history == ()
+
+
+def test_fp8_learns_on_a_consumer_device():
+    found = losses(train("--fp8 1 -x 20", CUDASIM_VARIANT="checked", CUDASIM_SHARED_MEMORY="101376"))
+    assert len(found) == 20 and found[-1] < found[0] - 0.5
+    result = run("--fp8 1 -x 1 -b 1 -t 24")
+    assert result.returncode == 2 and "--fp8 1 needs batches of a multiple of 16 tokens" in result.stderr
 
 
 def test_several_ranks_through_nccl():

@@ -15,7 +15,8 @@ DType parse_dtype(const std::string& name) {
 }
 
 at::ScalarType torch_dtype(DType dtype) {
-  return dtype == DType::F32 ? at::kFloat : dtype == DType::BF16 ? at::kBFloat16 : at::kInt;
+  constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16, at::kInt, at::kFloat8_e4m3fn, at::kFloat8_e5m2};
+  return kTypes[int(dtype)];
 }
 
 DType Arguments::check_dtype(const char* name, at::ScalarType type, const std::string& expected) {
@@ -29,6 +30,10 @@ DType Arguments::check_dtype(const char* name, at::ScalarType type, const std::s
   if (expected == "f32") {
     require(type == at::kFloat, "fp32");
     return DType::F32;
+  }
+  if (expected == "fp8") {
+    require(type == at::kFloat8_e4m3fn || type == at::kFloat8_e5m2, "float8_e4m3fn or float8_e5m2");
+    return type == at::kFloat8_e4m3fn ? DType::E4M3 : DType::E5M2;
   }
   require(type == at::kFloat || type == at::kBFloat16, "fp32 or bf16");
   const DType dtype = type == at::kFloat ? DType::F32 : DType::BF16;

@@ -34,7 +34,7 @@ class Arguments {
   explicit Arguments(std::string operation) : operation_(std::move(operation)) {}
 
   // A tensor that is only read. dtype: "f32", "i32", "X" (fp32 or bf16, alike in all X arguments), "G" (X or fp32) or
-  // "any" (fp32 or bf16).
+  // "any" (fp32 or bf16) or "fp8" (float8_e4m3fn or float8_e5m2).
   // shape: dimensions separated by spaces, each a name with an optional factor: "B T 3C". N takes all leading dimensions.
   Tensor in(const char* name, const at::Tensor& tensor, const char* dtype, const char* shape);
 

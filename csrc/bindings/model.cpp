@@ -211,7 +211,7 @@ void register_model(py::module_& module) {
                        const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
                        bool master_weights, int zero_stage, int64_t classifier_rows, const std::string& device,
                        bool tf32, bool offload_optimizer, int64_t offload_piece, bool cudnn_attention, bool bias_fusion,
-                       bool cuda_graphs) {
+                       bool cuda_graphs, bool fp8) {
              Options options;
              options.device = parse_device(device);
              options.tf32 = tf32;
@@ -229,12 +229,14 @@ void register_model(py::module_& module) {
              options.cudnn_attention = cudnn_attention;
              options.bias_fusion = bias_fusion;
              options.cuda_graphs = cuda_graphs;
+             options.fp8 = fp8;
              return options;
            }),
            py::kw_only(), "batch_size"_a = 4, "seq_len"_a = 1024, "precision"_a = "fp32", "grad_dtype"_a = py::none(),
            "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
            "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true, "offload_optimizer"_a = false,
-           "offload_piece"_a = 0, "cudnn_attention"_a = false, "bias_fusion"_a = false, "cuda_graphs"_a = false)
+           "offload_piece"_a = 0, "cudnn_attention"_a = false, "bias_fusion"_a = false, "cuda_graphs"_a = false,
+           "fp8"_a = false)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })
@@ -250,7 +252,8 @@ void register_model(py::module_& module) {
       .def_readonly("offload_piece", &Options::offload_piece)
       .def_readonly("cudnn_attention", &Options::cudnn_attention)
       .def_readonly("bias_fusion", &Options::bias_fusion)
-      .def_readonly("cuda_graphs", &Options::cuda_graphs);
+      .def_readonly("cuda_graphs", &Options::cuda_graphs)
+      .def_readonly("fp8", &Options::fp8);
 
   module.def(
       "plan", &plan_rows, "config"_a, "options"_a, "world_size"_a = 1,
@@ -338,6 +341,10 @@ void register_model(py::module_& module) {
            "Whether all parameters that the last update wrote, on any rank, are finite.")
       .def_property("rng_state", &GPT2::rng_state, &GPT2::set_rng_state)
       .def_property("last_update_rng_state", &GPT2::last_update_rng_state, &GPT2::set_last_update_rng_state)
+      .def_property("fp8_history", py::cpp_function(&GPT2::fp8_history, no_gil),
+                    py::cpp_function(&GPT2::set_fp8_history, no_gil),
+                    "With fp8: the largest values of the tensors that are converted, in the last updates, flat; empty "
+                    "before the first.")
       .def(
           "parameters", [](const Model& self) { return state(self, "parameters"); },
           "Views of the parameters by name: wte, wpe, h0.ln1w, ..., lnfb; at ZeRO stage 3 of the parts this rank owns, "

@@ -185,6 +185,85 @@ void matmul_bias_backward_weight(TensorArg dweight, TensorArg dbias, TensorArg d
   CurrentOps(a.device())->matmul_bias_backward_weight(dweight_, dbias_, dout_, x_, accumulate);
 }
 
+void check_fp8(const Arguments& a, const char* operation, std::initializer_list<const char*> symbols) {
+  LLMC_CHECK(a.device().cuda, "%s needs a GPU of compute capability 8.9 or newer", operation);
+  for (const char* symbol : symbols) {
+    LLMC_CHECK(a.dimension(symbol) % 16 == 0, "%s: %s=%" PRId64 " must be a multiple of 16", operation, symbol,
+               a.dimension(symbol));
+  }
+}
+
+// BF16 only.
+Tensor fp8_source(Arguments& a, const char* operation, TensorArg x) {
+  const Tensor x_ = a.in("x", x, "X", "N C");
+  LLMC_CHECK(x_.dtype == DType::BF16, "%s: x is %s, it must be bf16", operation, name_of(x_.dtype));
+  check_fp8(a, operation, {"N", "C"});
+  return x_;
+}
+
+void quantize(OptionalTensorArg out, OptionalTensorArg transposed, OptionalTensorArg amax, TensorArg x,
+              TensorArg scale) {
+  Arguments a("quantize");
+  LLMC_CHECK(out || transposed, "quantize: neither out nor transposed is there");
+  const Tensor x_ = fp8_source(a, "quantize", x);
+  const Tensor scale_ = a.in("scale", scale, "f32", "2S");
+  LLMC_CHECK(scale_.numel() == 2, "quantize: scale must have two values");
+  const Tensor out_ = out ? a.out("out", *out, "fp8", "N C") : Tensor{};
+  const Tensor transposed_ = transposed ? a.out("transposed", *transposed, "fp8", "C N") : Tensor{};
+  const Tensor amax_ = amax ? a.out("amax", *amax, "f32", "S") : Tensor{};
+  LLMC_CHECK(!out || !transposed || out_.dtype == transposed_.dtype,
+             "quantize: out and transposed must have the same dtype");
+  CurrentOps(a.device())->quantize(out_, transposed_, amax_, x_, scale_);
+}
+
+void fp8_scale(TensorArg scale, TensorArg x, bool e5m2) {
+  Arguments a("fp8_scale");
+  const Tensor x_ = fp8_source(a, "fp8_scale", x);
+  const Tensor scale_ = a.out("scale", scale, "f32", "2S");
+  LLMC_CHECK(scale_.numel() == 2, "fp8_scale: scale must have two values");
+  CurrentOps(a.device())->fp8_scale(scale_, x_, e5m2 ? DType::E5M2 : DType::E4M3);
+}
+
+void update_fp8_scales(TensorArg scales, TensorArg history, OptionalTensorArg amax, OptionalTensorArg grad_scale,
+                       int64_t first_e5m2) {
+  Arguments a("update_fp8_scales");
+  const Tensor history_ = a.out("history", history, "f32", "tensors window");
+  const Tensor scales_ = a.out("scales", scales, "f32", "tensors 2S");
+  check_fp8(a, "update_fp8_scales", {});
+  LLMC_CHECK(scales_.last() == 2, "update_fp8_scales: a tensor has a scale and its inverse");
+  LLMC_CHECK(bool(amax) == bool(grad_scale), "update_fp8_scales: amax needs grad_scale");
+  const Tensor amax_ = amax ? a.in("amax", *amax, "f32", "tensors") : Tensor{};
+  const Tensor grad_scale_ = grad_scale ? a.in("grad_scale", *grad_scale, "f32", "S") : Tensor{};
+  CurrentOps(a.device())->update_fp8_scales(scales_, history_, amax_, grad_scale_, first_e5m2);
+}
+
+Fp8Matrix fp8_factor(Arguments& a, const char* name, TensorArg values, TensorArg unscale, const char* shape) {
+  return {a.in(name, values, "fp8", shape), a.in("unscale", unscale, "f32", "S")};
+}
+
+void fp8_matmul_forward(TensorArg out, OptionalTensorArg pre, TensorArg x, TensorArg unscale_x, TensorArg weight,
+                        TensorArg unscale_weight, TensorArg bias) {
+  Arguments a("fp8_matmul_forward");
+  const Fp8Matrix x_ = fp8_factor(a, "x", x, unscale_x, "N IC");
+  const Fp8Matrix weight_ = fp8_factor(a, "weight", weight, unscale_weight, "OC IC");
+  const Tensor bias_ = a.in("bias", bias, "X", "OC");
+  const Tensor out_ = a.out("out", out, "X", "N OC");
+  const Tensor pre_ = pre ? a.out("pre", *pre, "X", "N OC") : Tensor{};
+  check_fp8(a, "fp8_matmul_forward", {"N", "IC", "OC"});
+  CurrentOps(a.device())->fp8_matmul_forward(out_, pre_, x_, weight_, bias_);
+}
+
+void fp8_matmul_backward(TensorArg out, OptionalTensorArg pre, TensorArg left, TensorArg unscale_left, TensorArg right,
+                         TensorArg unscale_right, bool accumulate) {
+  Arguments a("fp8_matmul_backward");
+  const Fp8Matrix left_ = fp8_factor(a, "a", left, unscale_left, "N K");
+  const Fp8Matrix right_ = fp8_factor(a, "b", right, unscale_right, "M K");
+  const Tensor out_ = a.out("out", out, "any", "N M");
+  const Tensor pre_ = pre ? a.in("pre", *pre, "X", "N M") : Tensor{};
+  check_fp8(a, "fp8_matmul_backward", {"N", "M", "K"});
+  CurrentOps(a.device())->fp8_matmul_backward(out_, pre_, left_, right_, accumulate);
+}
+
 void gelu_forward(TensorArg out, TensorArg x) {
   Arguments a("gelu_forward");
   const Tensor x_ = a.in("x", x, "X", "N");
@@ -357,6 +436,18 @@ void register_ops(py::module_& module) {
         "dbias += dout.sum over rows, = without accumulate");
   m.def("matmul_bias_backward_weight", &matmul_bias_backward_weight, no_gil, "dweight"_a, "dbias"_a, "dout"_a, "x"_a,
         "accumulate"_a = true, "dweight += dout.T @ x; dbias += dout.sum over rows; = without accumulate");
+  m.def("quantize", &quantize, no_gil, "out"_a, "transposed"_a, "amax"_a, "x"_a, "scale"_a,
+        "out = x * scale[0] in FP8, saturated; transposed = out.T; amax = max(amax, |x|); each may be None");
+  m.def("fp8_scale", &fp8_scale, no_gil, "scale"_a, "x"_a, "e5m2"_a,
+        "scale = the largest power of two for which x fits the format, and its inverse");
+  m.def("update_fp8_scales", &update_fp8_scales, no_gil, "scales"_a, "history"_a, "amax"_a, "grad_scale"_a,
+        "first_e5m2"_a,
+        "history (n,window) takes amax, unless that or grad_scale is not finite; scales (n,2) = those of its maxima");
+  m.def("fp8_matmul_forward", &fp8_matmul_forward, no_gil, "out"_a, "pre"_a, "x"_a, "unscale_x"_a, "weight"_a,
+        "unscale_weight"_a, "bias"_a,
+        "out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales; with pre its GELU");
+  m.def("fp8_matmul_backward", &fp8_matmul_backward, no_gil, "out"_a, "pre"_a, "a"_a, "unscale_a"_a, "b"_a,
+        "unscale_b"_a, "accumulate"_a = false, "out (N,M) = or += a (N,K) @ b (M,K).T; with pre times gelu'(pre)");
   m.def("gelu_forward", &gelu_forward, no_gil, "out"_a, "x"_a, "out = gelu(x), tanh form");
   m.def("gelu_backward", &gelu_backward, no_gil, "dx"_a, "x"_a, "dx *= gelu'(x), in place");
   m.def("attention_forward", &attention_forward, no_gil, "out"_a, "lse"_a, "qkv"_a, "num_heads"_a, "first"_a = 0,

@@ -1,4 +1,5 @@
-// Element types. Storage is fp32 or bf16 (chosen at run time), arithmetic is always fp32; indices are int32.
+// Element types. Storage is fp32 or bf16 (chosen at run time), arithmetic is always fp32; indices are int32. Factors of
+// products on a GPU may be FP8: E4M3 (4 bits of exponent, 3 of mantissa) or E5M2.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +17,15 @@
 
 namespace llmc {
 
-enum class DType : uint8_t { F32, BF16, I32 };
+enum class DType : uint8_t { F32, BF16, I32, E4M3, E5M2 };
 
-LLMC_INLINE constexpr int64_t size_of(DType dtype) { return dtype == DType::BF16 ? 2 : 4; }
+LLMC_INLINE constexpr bool is_fp8(DType dtype) { return dtype == DType::E4M3 || dtype == DType::E5M2; }
+
+LLMC_INLINE constexpr int64_t size_of(DType dtype) { return dtype == DType::BF16 ? 2 : is_fp8(dtype) ? 1 : 4; }
 
 LLMC_INLINE constexpr const char* name_of(DType dtype) {
-  return dtype == DType::F32 ? "fp32" : dtype == DType::BF16 ? "bf16" : "int32";
+  constexpr const char* kNames[] = {"fp32", "bf16", "int32", "e4m3", "e5m2"};
+  return kNames[int(dtype)];
 }
 
 // The upper half of an IEEE binary32.

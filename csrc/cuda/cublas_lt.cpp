@@ -19,7 +19,18 @@ constexpr int kOffered = 16;  // algorithms that are timed at most
 // any reason, and what need not change the results should not.
 constexpr float kWorthwhile = 0.98f;
 
-cudaDataType_t cuda_type(DType dtype) { return dtype == DType::F32 ? CUDA_R_32F : CUDA_R_16BF; }
+cudaDataType_t cuda_type(DType dtype) {
+  switch (dtype) {
+    case DType::F32:
+      return CUDA_R_32F;
+    case DType::E4M3:
+      return CUDA_R_8F_E4M3;
+    case DType::E5M2:
+      return CUDA_R_8F_E5M2;
+    default:
+      return CUDA_R_16BF;
+  }
+}
 
 // The power of two that the address is a multiple of, at most 256.
 uint32_t alignment_of(const Tensor& x) {
@@ -60,28 +71,31 @@ struct DestroyPreference {
 
 struct CublasLt::Kind {
   int64_t N, M, K;
-  DType input, output;
-  bool transpose_a, transpose_b, accumulate, tf32;
+  DType input_a, input_b, output;
+  bool transpose_a, transpose_b, accumulate, tf32, fast_accumulation;
   cublasLtEpilogue_t epilogue;
   uint32_t alignment_a, alignment_b, alignment_d, alignment_bias, alignment_pre;
   size_t workspace_bytes;
 
   auto all() const {
-    return std::tie(N, M, K, input, output, transpose_a, transpose_b, accumulate, tf32, epilogue, alignment_a,
-                    alignment_b, alignment_d, alignment_bias, alignment_pre, workspace_bytes);
+    return std::tie(N, M, K, input_a, input_b, output, transpose_a, transpose_b, accumulate, tf32, fast_accumulation,
+                    epilogue, alignment_a, alignment_b, alignment_d, alignment_bias, alignment_pre, workspace_bytes);
   }
   bool operator<(const Kind& other) const { return all() < other.all(); }
 
   // All of it in words, as the key of what is kept for later runs.
   std::string name() const {
+    const std::string inputs =
+        input_a == input_b ? name_of(input_a) : std::string(name_of(input_a)) + "," + name_of(input_b);
+    const char* arithmetic = tf32 && input_a == DType::F32 ? ", TF32" : fast_accumulation ? ", fast accumulation" : "";
     char text[256];
     std::snprintf(text, sizeof text,
                   "%s (%" PRId64 ",%" PRId64 ")%s (%" PRId64 ",%" PRId64
                   ")%s %s %s%s, epilogue %d, aligned %u %u %u %u %u, "
                   "workspace %zu",
-                  name_of(input), N, K, transpose_a ? "T" : "", K, M, transpose_b ? "T" : "", accumulate ? "+=" : "=",
-                  name_of(output), tf32 && input == DType::F32 ? ", TF32" : "", int(epilogue), alignment_a, alignment_b,
-                  alignment_d, alignment_bias, alignment_pre, workspace_bytes);
+                  inputs.c_str(), N, K, transpose_a ? "T" : "", K, M, transpose_b ? "T" : "", accumulate ? "+=" : "=",
+                  name_of(output), arithmetic, int(epilogue), alignment_a, alignment_b, alignment_d, alignment_bias,
+                  alignment_pre, workspace_bytes);
     return text;
   }
 };
@@ -116,24 +130,27 @@ void CublasLt::set_pointers(Plan& plan, const Product& product) {
   if (product.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias.data);
   if (product.bias_gradient) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias_gradient.data);
   if (product.pre) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, product.pre.data);
+  if (product.unscale_a) set(plan.operation, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, product.unscale_a.data);
+  if (product.unscale_b) set(plan.operation, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, product.unscale_b.data);
 }
 
 std::unique_ptr<CublasLt::Plan> CublasLt::make(const Kind& kind, const Product& product) {
   auto result = std::make_unique<Plan>();
   Plan& plan = *result;
-  const auto compute = kind.tf32 && kind.input == DType::F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+  const auto compute = kind.tf32 && kind.input_a == DType::F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
   LLMC_CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute, CUDA_R_32F));
   set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, kind.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, kind.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, kind.epilogue);
   if (product.pre) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, kind.M);
+  if (kind.fast_accumulation) set(plan.operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t(1));
   set_pointers(plan, product);  // the search looks at their alignment
 
   const auto layout = [](cublasLtMatrixLayout_t* result, DType dtype, int64_t rows, int64_t cols) {
     LLMC_CUBLAS_CHECK(cublasLtMatrixLayoutCreate(result, cuda_type(dtype), uint64_t(rows), uint64_t(cols), rows));
   };
-  layout(&plan.a, kind.input, kind.transpose_b ? kind.K : kind.M, kind.transpose_b ? kind.M : kind.K);
-  layout(&plan.b, kind.input, kind.transpose_a ? kind.N : kind.K, kind.transpose_a ? kind.K : kind.N);
+  layout(&plan.a, kind.input_b, kind.transpose_b ? kind.K : kind.M, kind.transpose_b ? kind.M : kind.K);
+  layout(&plan.b, kind.input_a, kind.transpose_a ? kind.N : kind.K, kind.transpose_a ? kind.K : kind.N);
   layout(&plan.d, kind.output, kind.M, kind.N);
 
   return result;
@@ -243,12 +260,14 @@ bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t wo
   kind.N = product.d.rows();
   kind.M = product.d.last();
   kind.K = product.transpose_a ? product.a.rows() : product.a.last();
-  kind.input = product.a.dtype;
+  kind.input_a = product.a.dtype;
+  kind.input_b = product.b.dtype;
   kind.output = product.d.dtype;
   kind.transpose_a = product.transpose_a;
   kind.transpose_b = product.transpose_b;
   kind.accumulate = product.accumulate;
   kind.tf32 = tf32;
+  kind.fast_accumulation = product.fast_accumulation;
   kind.epilogue = epilogue_of(product);
   kind.alignment_a = alignment_of(product.a);
   kind.alignment_b = alignment_of(product.b);
@@ -274,7 +293,7 @@ bool CublasLt::run(const Product& product, bool tf32, void* workspace, size_t wo
     LLMC_CHECK(product.gelu != Product::Gelu::None || product.bias_gradient,
                "cuBLASLt has no algorithm for the product of (%" PRId64 ",%" PRId64 ") and (%" PRId64 ",%" PRId64
                ") in %s: %s",
-               kind.N, kind.K, kind.K, kind.M, name_of(kind.input), cublasLtGetStatusString(plan.refusal));
+               kind.N, kind.K, kind.K, kind.M, name_of(kind.input_a), cublasLtGetStatusString(plan.refusal));
     return false;
   }
   set_pointers(plan, product);

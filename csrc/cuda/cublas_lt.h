@@ -19,7 +19,7 @@
 namespace llmc::cuda {
 
 // d (N,M) = a (N,K)·b (K,M), row-major, each operand possibly stored transposed, plus what the epilogue adds.
-// cuBLASLt thinks column-major: its D (M,N) = op(B)·op(A) lies in memory as our d.
+// cuBLASLt thinks column-major: its D (M,N) = op(B)·op(A) lies in memory as our d. FP8 is only there for a·bᵀ.
 struct Product {
   Tensor d;  // (N,M)
   Tensor a;  // (N,K), or (K,N) if transpose_a
@@ -27,8 +27,11 @@ struct Product {
   bool transpose_a = false;
   bool transpose_b = false;
   bool accumulate = false;  // d += instead of d =
-  Tensor bias;              // (M), or absent
-  Tensor bias_gradient;     // (N), or absent: = the sums over K of aᵀ, whether or not d accumulates
+  // FP8 only: what the numbers of a and b are multiplied by, f32 (1) on the device; sums may be rounded.
+  Tensor unscale_a, unscale_b;
+  bool fast_accumulation = false;
+  Tensor bias;           // (M), or absent
+  Tensor bias_gradient;  // (N), or absent: = the sums over K of aᵀ, whether or not d accumulates
   enum class Gelu { None, Forward, Backward } gelu = Gelu::None;
   // Forward: pre (N,M) gets the sum before the GELU. Backward: the result is multiplied by gelu'(pre).
   Tensor pre;

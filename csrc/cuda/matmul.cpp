@@ -39,6 +39,18 @@ Product weight_product(Tensor dweight, Tensor dout, Tensor x, bool accumulate) {
   return product;
 }
 
+// d = a·bᵀ of FP8 matrices: the only form that all GPUs have.
+Product fp8_product(Tensor d, Fp8Matrix a, Fp8Matrix b) {
+  Product product;
+  product.d = d;
+  product.a = a.values;
+  product.b = b.values;
+  product.transpose_b = true;
+  product.unscale_a = a.unscale;
+  product.unscale_b = b.unscale;
+  return product;
+}
+
 }  // namespace
 
 void CudaOps::choose_algorithms(const Algorithms& known, bool timing) {
@@ -93,6 +105,37 @@ void CudaOps::matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor d
   };
   if (!multiply(product, apart)) return apart();
   if (accumulate) CudaOps::accumulate(dbias, product.bias_gradient);
+}
+
+// Gradients need exact sums more than activations do, which are rounded again at once.
+void CudaOps::fp8_matmul_forward(Tensor out, Tensor pre, Fp8Matrix x, Fp8Matrix weight, Tensor bias) {
+  Product product = fp8_product(pre ? pre : out, x, weight);
+  product.bias = bias;
+  product.fast_accumulation = true;
+  if (!pre) {
+    multiply(product);
+    return;
+  }
+  Product fused = product;
+  fused.d = out;
+  fused.gelu = Product::Gelu::Forward;
+  fused.pre = pre;
+  if (multiply(fused)) return;
+  multiply(product);
+  gelu_forward(out, pre);
+}
+
+void CudaOps::fp8_matmul_backward(Tensor out, Tensor pre, Fp8Matrix a, Fp8Matrix b, bool accumulate) {
+  Product product = fp8_product(out, a, b);
+  product.accumulate = accumulate;
+  Product fused = product;
+  if (pre) {
+    fused.gelu = Product::Gelu::Backward;
+    fused.pre = pre;
+  }
+  if (multiply(fused)) return;
+  multiply(product);
+  gelu_backward(out, pre);
 }
 
 }  // namespace llmc::cuda

@@ -117,7 +117,8 @@ void GPT2::extend(const int32_t* tokens, int64_t n) {
 void GPT2::repeat(const std::string& name, Arguments arguments, const std::function<void()>& work) {
   const bool whole = batch_ == options_.batch_size && first_ == 0 && seq_ == options_.seq_len;
   if (options_.cuda_graphs && whole) {
-    ops_->repeat(name, arguments, work);
+    // Before FP8 has its scales, more is done.
+    ops_->repeat(options_.fp8 && !fp8_scaled_ ? name + ", first scales" : name, arguments, work);
   } else {
     work();
   }
@@ -166,7 +167,7 @@ void GPT2::forward_block(int64_t l) {
     forward_attention(l);
     forward_attention_projection(l);
     forward_fc(l);
-    ops_->matmul_forward(projected, block_rows(l, "fch_gelu"), parameter(kFcprojw, l), parameter(kFcprojb, l));
+    product_forward(kFcprojw, l, projected, block_rows(l, "fch_gelu"));
   });
 
   const Tensor residual2 = block_rows(l, "residual2"), residual3 = block_rows(l, "residual3");
@@ -184,13 +185,13 @@ void GPT2::forward_block(int64_t l) {
 // The backward pass computes again with these what the level of recomputation says, so that it gets the same bits.
 
 void GPT2::forward_attention(int64_t l) {
-  ops_->matmul_forward(block_rows(l, "qkv"), block_rows(l, "ln1"), parameter(kQkvw, l), parameter(kQkvb, l));
+  product_forward(kQkvw, l, block_rows(l, "qkv"), block_rows(l, "ln1"));
   ops_->attention_forward(block_sequence(l, "atty"), block_lse(l), block_sequence(l, "qkv"), config_.num_heads, first_);
 }
 
 void GPT2::forward_attention_projection(int64_t l) {
   const Tensor projected = rows("scratch_btc");
-  ops_->matmul_forward(projected, block_rows(l, "atty"), parameter(kAttprojw, l), parameter(kAttprojb, l));
+  product_forward(kAttprojw, l, projected, block_rows(l, "atty"));
   ops_->residual_layernorm_forward(block_rows(l, "residual2"), block_rows(l, "ln2"), block_rows(l, "ln2_mean"),
                                    block_rows(l, "ln2_rstd"), block_input(l), projected, parameter(kLn2w, l),
                                    parameter(kLn2b, l));
@@ -199,9 +200,9 @@ void GPT2::forward_attention_projection(int64_t l) {
 void GPT2::forward_fc(int64_t l) {
   const Tensor fch = block_rows(l, "fch"), fch_gelu = block_rows(l, "fch_gelu"), ln2 = block_rows(l, "ln2");
   if (options_.gelu_fusion >= 1) {
-    ops_->matmul_gelu_forward(fch_gelu, fch, ln2, parameter(kFcw, l), parameter(kFcb, l));
+    product_forward(kFcw, l, fch_gelu, ln2, fch);
   } else {
-    ops_->matmul_forward(fch, ln2, parameter(kFcw, l), parameter(kFcb, l));
+    product_forward(kFcw, l, fch, ln2);
     ops_->gelu_forward(fch_gelu, fch);
   }
 }
@@ -332,6 +333,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
     open_gradients(last_unit);
     repeat("loss head" + which, Arguments::Same, [&] {
       if (micro_step == 0) ops_->fill_zero(losses);
+      if (micro_step == 0 && options_.fp8) ops_->fill_zero(buffer("fp8_amax"));
       loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
       if (last) ops_->sum(slice_elements(loss_sum, 0, 1), losses);
       ops_->fill_zero(dresidual);
@@ -371,15 +373,6 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   gradients_complete_ = last;
 }
 
-void GPT2::backward_parameters(ParameterKind weight, ParameterKind bias, int64_t l, Tensor dout, Tensor x) {
-  if (options_.bias_fusion) {
-    ops_->matmul_bias_backward_weight(gradient(weight, l), gradient(bias, l), dout, x, accumulate_);
-  } else {
-    ops_->matmul_backward_weight(gradient(weight, l), dout, x, accumulate_);
-    ops_->bias_backward(gradient(bias, l), dout, accumulate_);
-  }
-}
-
 // dresidual holds the gradient of residual3 on entry and that of the block's input on return.
 void GPT2::backward_block(int64_t l) {
   const Range range(*ops_, "backward of a block");
@@ -407,31 +400,24 @@ void GPT2::backward_block(int64_t l) {
   }
 
   // MLP
-  if (options_.gelu_fusion >= 2) {
-    ops_->matmul_gelu_backward_input(dfch, dresidual, parameter(kFcprojw, l), fch);
-  } else {
-    ops_->matmul_backward_input(dfch, dresidual, parameter(kFcprojw, l));
-    ops_->gelu_backward(dfch, fch);
-  }
-  backward_parameters(kFcprojw, kFcprojb, l, dresidual, fch_gelu);
+  const bool fused = options_.gelu_fusion >= 2;
+  product_backward(kFcprojw, l, dfch, dresidual, fch_gelu, fused ? fch : Tensor{});
+  if (!fused) ops_->gelu_backward(dfch, fch);
   if (r == 2) {
     ops_->layernorm_forward(ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual2, parameter(kLn2w, l),
                             parameter(kLn2b, l));
   }
-  ops_->matmul_backward_input(dbtc, dfch, parameter(kFcw, l));
-  backward_parameters(kFcw, kFcb, l, dfch, ln2);
+  product_backward(kFcw, l, dbtc, dfch, ln2);
   ops_->layernorm_backward(dresidual, gradient(kLn2w, l), gradient(kLn2b, l), dbtc, residual2, parameter(kLn2w, l),
                            block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), accumulate_);
 
   // Attention
-  ops_->matmul_backward_input(dbtc, dresidual, parameter(kAttprojw, l));
-  backward_parameters(kAttprojw, kAttprojb, l, dresidual, atty);
+  product_backward(kAttprojw, l, dbtc, dresidual, atty);
   if (r >= 2) layernorm1();
-  if (r == 3) ops_->matmul_forward(qkv, ln1, parameter(kQkvw, l), parameter(kQkvb, l));
+  if (r == 3) product_forward(kQkvw, l, qkv, ln1);
   const Tensor dqkv = make_tensor(dfch.data, dfch.dtype, batch_ * seq_, 3 * config_.channels);
   ops_->attention_backward(shaped(dqkv), shaped(dbtc), shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);
-  ops_->matmul_backward_input(dbtc, dqkv, parameter(kQkvw, l));
-  backward_parameters(kQkvw, kQkvb, l, dqkv, ln1);
+  product_backward(kQkvw, l, dbtc, dqkv, ln1);
   ops_->layernorm_backward(dresidual, gradient(kLn1w, l), gradient(kLn1b, l), dbtc, residual, parameter(kLn1w, l),
                            block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), accumulate_);
 }

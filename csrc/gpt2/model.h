@@ -19,6 +19,7 @@
 #include "core/random.h"
 #include "core/tensor.h"
 #include "gpt2/config.h"
+#include "gpt2/fp8.h"
 #include "gpt2/layout.h"
 #include "gpt2/plan.h"
 #include "ops/ops.h"
@@ -59,11 +60,12 @@ class GPT2 {
   // Forgets the optimizer state.
   void init_random(uint32_t seed);
 
-  // Forgets m, v and master weights, as needed when parameters are written from outside after an update: the next update
-  // starts from zero moments and takes the master weights from the parameters.
+  // Forgets m, v and master weights, and the scales of FP8, as needed when parameters are written from outside after an
+  // update: the next update starts from zero moments and takes the master weights from the parameters.
   void reset_optimizer() {
     memory_[int(Lifetime::Optimizer)].reset();
     memory_[int(Lifetime::Host)].reset();
+    fp8_scaled_ = false;
   }
 
   // Runs the model up to the last layernorm. tokens (b,t) with b <= B, t <= T, on the host; ids outside [0, V) throw.
@@ -133,6 +135,12 @@ class GPT2 {
   uint64_t last_update_rng_state() const { return last_update_rng_.state; }
   void set_last_update_rng_state(uint64_t state) { last_update_rng_.state = state; }
 
+  // With options.fp8: the largest absolute values of fp8_tensors() tensors in each of the last updates, oldest first, in
+  // batches of this rank; empty before the first update, when every tensor is scaled by its own largest value. All that a
+  // run needs to go on with the same scales.
+  std::vector<float> fp8_history();
+  void set_fp8_history(const std::vector<float>& values);
+
   // Views for looking inside; they stay valid as long as the model. name: "parameters", "gradients", "m", "v" or
   // "master". The whole tensor in its shape, or, where the stage cuts that buffer, the part this rank owns, flat; absent
   // if it owns none of it. An offloaded state is in host memory, and up to date after ops().finish_stores().
@@ -189,8 +197,6 @@ class GPT2 {
   void forward_attention_projection(int64_t layer);  // to ln2
   void forward_fc(int64_t layer);                    // to the GELU
   void backward_block(int64_t layer);
-  // Gradients of a matrix (OC,IC) and its bias from that of the product's result, dout (b·t,OC), and its input x (b·t,IC).
-  void backward_parameters(ParameterKind weight, ParameterKind bias, int64_t layer, Tensor dout, Tensor x);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);
   void check_gradients_complete() const;
@@ -210,6 +216,24 @@ class GPT2 {
 
   template <typename Write>
   void write_parameters(const Seeds& seeds, float weight_decay, bool with_gradients, Write write);
+
+  // --- products.cpp ---
+  // out = x·weightᵀ + bias; with pre, that is pre, and out its GELU.
+  void product_forward(ParameterKind weight, int64_t layer, Tensor out, Tensor x, Tensor pre = {});
+  // From dout (b·t,OC) and the input x (b·t,IC): dx, with pre through the GELU whose input that is, and the gradients of
+  // weight (OC,IC) and bias.
+  void product_backward(ParameterKind weight, int64_t layer, Tensor dx, Tensor dout, Tensor x, Tensor pre = {});
+  struct Fp8Tensor {
+    Tensor x;       // in bf16
+    DType dtype;    // to be converted to
+    int64_t index;  // of its scale
+  };
+  Fp8Tensor fp8_tensor(Fp8Role role, ParameterKind weight, int64_t layer, Tensor x);
+  bool in_fp8(const Tensor& x) const;  // whether the product of that input is
+  Fp8Matrix fp8_matrix(const Fp8Tensor& tensor, Tensor values);
+  void quantize(const Fp8Tensor& tensor, Tensor out, Tensor transposed, bool record);  // record: its largest value
+  void fp8_backward(ParameterKind weight, int64_t layer, Tensor dx, Tensor dout, Tensor x, Tensor pre);
+  void update_fp8_scales();
 
   // --- sharding.cpp ---
   bool sharded(const std::string& name) const;  // whether the buffer holds this rank's slices only
@@ -248,6 +272,8 @@ class GPT2 {
   Ticket before_last_forward_ = 0;  // the last ticket then
 
   int offload_slot_ = 0;  // that was used last
+
+  bool fp8_scaled_ = false;  // fp8_scales on the device are those of the history
 
   XorShift64 rng_{13371337};
   XorShift64 last_update_rng_ = rng_;

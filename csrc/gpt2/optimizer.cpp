@@ -162,6 +162,7 @@ void GPT2::update(const UpdateOptions& options) {
                        options.step,          buffer("grad_scale"), non_finite};
   const auto work = [&] {
     compute_grad_norm(options.grad_clip);
+    if (options_.fp8) update_fp8_scales();
     ops_->fill_zero(non_finite);
     write_parameters(seeds, options.weight_decay, true,
                      [&](const AdamWSlice* slices, int64_t count) { ops_->adamw(slices, count, step); });
@@ -171,6 +172,7 @@ void GPT2::update(const UpdateOptions& options) {
   } else {
     repeat("update", Arguments::New, work);
   }
+  fp8_scaled_ = options_.fp8;
   if (options_.zero_stage >= 1) {  // otherwise every rank has written all of them
     last_ticket_ = comm_->all_reduce_sum(non_finite, "count of ranks whose update wrote a number that is not finite");
   }

@@ -4,6 +4,7 @@
 
 #include "core/check.h"
 #include "core/integers.h"
+#include "gpt2/fp8.h"
 #include "ops/workspace.h"
 
 namespace llmc {
@@ -134,6 +135,8 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
     for (const std::string& name : names) builder.add(Lifetime::Optimizer, name + "_ring", F32, {2, piece});
   }
 
+  if (options.fp8) builder.add(Lifetime::Optimizer, "fp8_history", F32, {fp8_tensors(config), kFp8Window});
+
   const auto activation = [&](const std::string& name, DType dtype, std::vector<int64_t> shape) {
     builder.add(Lifetime::Activations, name, dtype, std::move(shape));
   };
@@ -184,6 +187,11 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
                   {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
   if (options.device.cuda) {
     activation("workspace", F32, {divide_up(workspace::step(B, T, C, NH, options.cudnn_attention), int64_t(4))});
+  }
+  if (options.fp8) {
+    activation("fp8_operands", DType::E4M3, {fp8_operand_bytes(config, B * T)});
+    activation("fp8_scales", F32, {fp8_tensors(config), 2});
+    activation("fp8_amax", F32, {fp8_tensors(config)});
   }
   activation("loss_sum", F32, {1 + kNumVotes});  // and the votes, which are averaged with it
   for (const char* scalar : {"grad_sum_of_squares", "grad_norm", "grad_scale", "broken_parameters"})

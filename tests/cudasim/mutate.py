@@ -38,11 +38,12 @@ TESTS = {
     "bias": ["tests/test_ops_matmul.py"],
     "cast": ["tests/test_ops_reduce.py"],
     "classifier": ["tests/test_ops_classifier.py"],
-    "cublas_lt": ["tests/test_ops_matmul.py"],
+    "cublas_lt": ["tests/test_ops_matmul.py", "tests/test_ops_fp8.py"],
     "embedding": ["tests/test_ops_embedding.py"],
+    "fp8": ["tests/test_ops_fp8.py"],
     "gelu": ["tests/test_ops_gelu.py"],
     "layernorm": ["tests/test_ops_layernorm.py"],
-    "matmul": ["tests/test_ops_matmul.py"],
+    "matmul": ["tests/test_ops_matmul.py", "tests/test_ops_fp8.py"],
     "reduce": ["tests/test_ops_reduce.py"],
 }
 SLOWER, SAME, UNUSED, NEVER = (

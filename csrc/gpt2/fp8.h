@@ -1,0 +1,46 @@
+// FP8 products with delayed scaling (Micikevicius et al. 2022): what of a model has a scale, and where.
+//
+// Each of a block's four products has three tensors with a scale of their own: its input and its weight, in E4M3, and the
+// gradient of its result, in E5M2. They stay in bf16, and are converted where a product needs them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "gpt2/config.h"
+#include "gpt2/layout.h"
+
+namespace llmc {
+
+enum Fp8Role { kFp8Input, kFp8Weight, kFp8Gradient, kNumFp8Roles };
+
+constexpr ParameterKind kProducts[] = {kQkvw, kAttprojw, kFcw, kFcprojw};  // by their weights
+constexpr int64_t kNumProducts = 4;
+
+// Updates whose largest values a scale allows for. Enough that batches that are alike do not saturate each other, and few
+// enough that the large gradients of the first steps are soon forgotten.
+constexpr int64_t kFp8Window = 16;
+
+inline int64_t fp8_tensors(const GPT2Config& config) { return kNumFp8Roles * config.num_layers * kNumProducts; }
+
+// Of those, the first in E5M2: roles lie one behind the other.
+inline int64_t first_fp8_gradient(const GPT2Config& config) { return kFp8Gradient * config.num_layers * kNumProducts; }
+
+inline int64_t fp8_tensor(const GPT2Config& config, Fp8Role role, ParameterKind weight, int64_t layer) {
+  const int64_t product = std::find(kProducts, kProducts + kNumProducts, weight) - kProducts;
+  return (role * config.num_layers + layer) * kNumProducts + product;
+}
+
+// Bytes of all that is converted at a time, for products over N rows. Forward, input and weight; backward, the gradient of
+// the result as it lies and transposed, and first the weight, then the input, transposed.
+inline int64_t fp8_operand_bytes(const GPT2Config& config, int64_t N) {
+  const int64_t C = config.channels;
+  int64_t bytes = 0;
+  const int64_t shapes[][2] = {{3 * C, C}, {C, C}, {4 * C, C}, {C, 4 * C}};  // of the weights
+  for (const auto& [OC, IC] : shapes) {
+    bytes = std::max({bytes, N * IC + OC * IC, 2 * N * OC + std::max(OC * IC, N * IC)});
+  }
+  return bytes;
+}
+
+}  // namespace llmc
