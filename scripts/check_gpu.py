@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llmc import models  # before torch, so that PyTorch too runs with llmc's setting of libgomp
 
@@ -36,6 +36,11 @@ from llmc.peak import peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"124M": "d12", "350M": "d24", "1558M": "d48"}
+VARIANTS: dict[str, dict[str, Any]] = {  # of llmc, by their flags
+    "--cuda-graphs 1": {"cuda_graphs": True},
+    "--attention cudnn": {"attention": "cudnn"},
+    "--fp8 1": {"fp8": True},
+}
 T = 1024
 LARGEST_B = 64
 WARMUP_STEPS, STEPS = 5, 20
@@ -52,18 +57,15 @@ class Measurement:
 
 
 def measure(contender: str, descriptor: str, B: int, device: Device) -> Measurement:
-    """contender: llmc, graphs (llmc with CUDA graphs), cudnn (llmc with cuDNN's attention) or torch."""
+    """contender: llmc, one of VARIANTS, or torch."""
     before = used_memory(device)
     shape = models.resolve(descriptor, None)
     length = min(T, shape.max_seq_len)
     tokens = torch.randint(shape.vocab_size, (B, length + 1), generator=torch.Generator().manual_seed(1))
-    steps = {
-        "llmc": llmc_step,
-        "graphs": partial(llmc_step, cuda_graphs=True),
-        "cudnn": partial(llmc_step, attention="cudnn"),
-        "torch": torch_step,
-    }
-    step = steps[contender](descriptor, tokens, device)
+    if contender == "torch":
+        step = torch_step(descriptor, tokens, device)
+    else:
+        step = llmc_step(descriptor, tokens, device, VARIANTS.get(contender, {}))
     for _ in range(WARMUP_STEPS):
         step()
     seconds = []
@@ -75,12 +77,12 @@ def measure(contender: str, descriptor: str, B: int, device: Device) -> Measurem
 
 
 def llmc_step(
-    descriptor: str, tokens: torch.Tensor, device: Device, cuda_graphs: bool = False, attention: str = "flash"
+    descriptor: str, tokens: torch.Tensor, device: Device, settings: Mapping[str, Any]
 ) -> Callable[[], float]:
     from llmc import _C
 
     B, length = tokens.shape[0], tokens.shape[1] - 1
-    config = TrainConfig(model=descriptor, batch_size=B, seq_len=length, cuda_graphs=cuda_graphs, attention=attention)
+    config = TrainConfig(model=descriptor, batch_size=B, seq_len=length, **settings)
     shape = models.resolve(descriptor, None)
     model = _C.GPT2(core_config(descriptor, shape), core_options(config, "bf16", device))
     model.init_random()
@@ -148,8 +150,7 @@ class Row:
     model: str
     B: int
     llmc: Measurement | str
-    graphs: Measurement | str
-    cudnn: Measurement | str
+    variants: Mapping[str, Measurement | str]
     torch: Measurement | str
 
 
@@ -157,16 +158,15 @@ Run = Callable[[str, str, int], Measurement]  # contender, descriptor, B
 
 
 def compare(model: str, run: Run = in_a_process) -> Row:
-    """Both at the largest batch that fits both, llmc with CUDA graphs and with cuDNN's attention too. If PyTorch never
-    fits: llmc at the largest that it can do."""
+    """Both at the largest batch that fits both, and llmc's variants there. If PyTorch never fits: llmc at the largest
+    that it can do."""
     descriptor = MODELS[model]
 
     def row(B: int, ours: Measurement | str, theirs: Measurement | str) -> Row:
-        graphs = cudnn = ours
+        variants: dict[str, Measurement | str] = dict.fromkeys(VARIANTS, ours)
         if isinstance(ours, Measurement):
-            graphs = attempt(run, "graphs", descriptor, B) or DOES_NOT_FIT
-            cudnn = attempt(run, "cudnn", descriptor, B) or DOES_NOT_FIT
-        return Row(model, B, ours, graphs, cudnn, theirs)
+            variants = {name: attempt(run, name, descriptor, B) or DOES_NOT_FIT for name in VARIANTS}
+        return Row(model, B, ours, variants, theirs)
 
     alone = None
     for B in halves(LARGEST_B):
@@ -202,17 +202,15 @@ def halves(largest: int) -> Iterator[int]:
 
 def speed_table(rows: list[Row], gpu: str) -> str:
     """Markdown: milliseconds, tokens per second, utilisation and memory of both, and how much longer PyTorch takes."""
-    names = {
-        "llmc": "llmc",
-        "graphs": "llmc, --cuda-graphs 1",
-        "cudnn": "llmc, --attention cudnn",
-        "torch": "PyTorch, compiled",
-    }
     lines = ["| model | B | | ms/step | tokens/s | MFU | MiB | time / llmc's |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         ours = row.llmc.milliseconds if isinstance(row.llmc, Measurement) else None
-        for contender, name in names.items():
-            result = getattr(row, contender)
+        results = {
+            "llmc": row.llmc,
+            **{f"llmc, {name}": result for name, result in row.variants.items()},
+            "PyTorch, compiled": row.torch,
+        }
+        for name, result in results.items():
             start = f"| {row.model} | {row.B} | {name} |"
             if isinstance(result, str):
                 lines.append(f"{start} {result} | | | | |")

@@ -101,8 +101,8 @@ def fitted_share(run: Published) -> float:
 
 @dataclass(frozen=True)
 class Own:
-    """A step of this package in bf16 with the trainer's defaults but -r 0, -z 1 on several GPUs, and cuDNN's attention
-    where it says so."""
+    """A step of this package in bf16 with the trainer's defaults but -r 0, -z 1 on several GPUs, and, where it says so,
+    cuDNN's attention and FP8 products."""
 
     model: str
     descriptor: str
@@ -111,16 +111,22 @@ class Own:
     B: int
     tokens: int
     cudnn: bool
+    fp8: bool
     T: int = 1024
+
+    @property
+    def program(self) -> str:
+        return "llmc" + " --attention cudnn" * self.cudnn + " --fp8 1" * self.fp8
 
 
 OWN = [
-    Own(model, descriptor, gpu, ranks, B, tokens, cudnn)
+    Own(model, descriptor, gpu, ranks, B, tokens, cudnn, fp8)
     for model, descriptor, B, tokens in (("124M", "d12", 32, 524288), ("1558M", "d48", 16, 1048576))
     for gpu in GPUS
     for ranks in (1, 8)
     # On older ones it is taken to be like our own.
     for cudnn in ((False, True) if GPUS[gpu].generation in CAPABILITY_9 else (False,))
+    for fp8 in ((False, True) if GPUS[gpu].has_fp8 else (False,))
 ]
 
 
@@ -133,6 +139,7 @@ def own_step(run: Own) -> Step:
         gelu_fusion=2 if GPUS[run.gpu].fuses_gelu else 0,
         bias_fusion=True,
         cudnn_attention=run.cudnn,
+        fp8=run.fp8,
         zero_stage=1,
         device="cuda",
     )
@@ -189,8 +196,7 @@ def report() -> list[list[str]]:
     for own in OWN:
         step = own_step(own)
         if fits(step, own.gpu):
-            program = "llmc --attention cudnn" if own.cudnn else "llmc"
-            table.append(row(program, own, own.ranks, predict(step, Machine(GPUS[own.gpu], "bf16"))))
+            table.append(row(own.program, own, own.ranks, predict(step, Machine(GPUS[own.gpu], "bf16"))))
     return table
 
 

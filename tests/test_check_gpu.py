@@ -73,7 +73,7 @@ def test_the_build_has_cudnn_if_possible(tmp_path, refused):
     ]
 
 
-@pytest.mark.parametrize("contender", ["llmc", "torch"])  # and graphs and cudnn, on a GPU only
+@pytest.mark.parametrize("contender", ["llmc", "torch"])  # and the variants, on a GPU only
 def test_a_measurement(check_gpu, monkeypatch, contender):
     monkeypatch.setattr(check_gpu, "STEPS", 2)
     measurement = check_gpu.measure(contender, "custom:l=1,c=16,h=2,t=64,v=65", 2, cpu())
@@ -83,32 +83,36 @@ def test_a_measurement(check_gpu, monkeypatch, contender):
 
 def memory_limits(check_gpu, llmc, torch):
     """Measurements on a device with room for these batches: llmc takes 2 ms for each row, with graphs 1, PyTorch 3;
-    cuDNN's attention takes 4 ms and half of the room."""
+    cuDNN's attention takes 4 ms and half of the room, FP8 5 ms."""
+    contenders = {  # room and milliseconds
+        **{"llmc": (llmc, 2.0), "--cuda-graphs 1": (llmc - 1, 1.0), "--attention cudnn": (llmc // 2, 4.0)},
+        **{"--fp8 1": (llmc, 5.0), "torch": (torch, 3.0)},
+    }
 
     def run(contender, descriptor, B):
-        if {"llmc": llmc, "graphs": llmc - 1, "cudnn": llmc // 2, "torch": torch}[contender] < B:
+        room, milliseconds = contenders[contender]
+        if room < B:
             raise check_gpu.DoesNotFitError
-        milliseconds = {"llmc": 2.0, "graphs": 1.0, "cudnn": 4.0, "torch": 3.0}[contender]
         return check_gpu.Measurement(B * milliseconds, 100.0 * B)
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("llmc", "torch", "B", "times"),  # of llmc, with graphs, with cuDNN, of PyTorch
+    ("llmc", "torch", "B", "times"),  # of llmc, with graphs, with cuDNN, with FP8, of PyTorch
     [
-        (1000, 1000, 64, (128, 64, 256, 192)),
-        (64, 20, 16, (32, 16, 64, 48)),  # the largest that fits both
-        (64, 1000, 64, (128, "does not fit", "does not fit", 192)),
-        (3, 1000, 2, (4, 2, "does not fit", 6)),
-        (33, 0, 32, (64, 32, "does not fit", "does not fit")),  # llmc's largest
-        (0, 0, 1, ("does not fit",) * 4),
-        (0, 5, 1, ("does not fit", "does not fit", "does not fit", 3)),
+        (1000, 1000, 64, (128, 64, 256, 320, 192)),
+        (64, 20, 16, (32, 16, 64, 80, 48)),  # the largest that fits both
+        (64, 1000, 64, (128, "does not fit", "does not fit", 320, 192)),
+        (3, 1000, 2, (4, 2, "does not fit", 10, 6)),
+        (33, 0, 32, (64, 32, "does not fit", 160, "does not fit")),  # llmc's largest
+        (0, 0, 1, ("does not fit",) * 5),
+        (0, 5, 1, (*["does not fit"] * 4, 3)),
     ],
 )
 def test_the_batch_is_the_largest_that_fits_both(check_gpu, llmc, torch, B, times):
     row = check_gpu.compare("124M", memory_limits(check_gpu, llmc, torch))
-    results = [getattr(result, "milliseconds", result) for result in (row.llmc, row.graphs, row.cudnn, row.torch)]
+    results = [getattr(result, "milliseconds", result) for result in (row.llmc, *row.variants.values(), row.torch)]
     assert (row.B, *results) == (B, *times)
 
 
@@ -117,13 +121,13 @@ def test_a_failure_is_reported_and_not_tried_again(check_gpu):
 
     def run(contender, descriptor, B):
         asked.append((contender, B))
-        if contender in ("torch", "cudnn"):
+        if contender in ("torch", "--attention cudnn"):
             raise RunError(f"no {contender}")
         return check_gpu.Measurement(1.0, 1.0)
 
     row = check_gpu.compare("350M", run)
-    assert (row.torch, row.cudnn) == ("no torch", "no cudnn")
-    assert asked == [("llmc", 64), ("torch", 64), ("graphs", 64), ("cudnn", 64)]
+    assert (row.torch, row.variants["--attention cudnn"]) == ("no torch", "no --attention cudnn")
+    assert asked == [(name, 64) for name in ("llmc", "torch", "--cuda-graphs 1", "--attention cudnn", "--fp8 1")]
 
 
 @pytest.mark.parametrize(
@@ -151,9 +155,14 @@ def test_the_speed_table(check_gpu):
     """A step of 124M with B = 64 has 65536 tokens of 6·124475904 + 6·12·768·1024 flops; in 0.25 s that is 21.3 % of the
     peak of 132 SMs at 1830 MHz with 4096 flops each."""
     Measurement, Row = check_gpu.Measurement, check_gpu.Row
+    graphs, cudnn = "--cuda-graphs 1", "--attention cudnn"
+    variants = [
+        {graphs: Measurement(200.0, 17080.0), cudnn: "no"},
+        {graphs: "no graph", cudnn: Measurement(450.0, 41000.0)},
+    ]
     rows = [
-        Row("124M", 64, Measurement(250.0, 17072.4), Measurement(200.0, 17080.0), "no", Measurement(400.0, 40000.0)),
-        Row("1558M", 8, Measurement(500.0, 40000.0), "no graph", Measurement(450.0, 41000.0), "does not fit"),
+        Row("124M", 64, Measurement(250.0, 17072.4), variants[0], Measurement(400.0, 40000.0)),
+        Row("1558M", 8, Measurement(500.0, 40000.0), variants[1], "does not fit"),
     ]
     lines = check_gpu.speed_table(rows, "NVIDIA H100 80GB HBM3").splitlines()
     assert lines[2:] == [
@@ -174,7 +183,7 @@ def test_the_report(check_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(check_gpu, "ROOT", tmp_path)
     passed = check_gpu.Command("pytest -m gpu", "".join(f"line {i}\n" for i in range(99)), passed=True)
     failed = check_gpu.Command("llmc-train", "boom", passed=False)
-    rows = [check_gpu.Row("124M", 64, *["does not fit"] * 4)]
+    rows = [check_gpu.Row("124M", 64, "does not fit", {}, "does not fit")]
     path = check_gpu.write_report("NVIDIA GeForce RTX 4090", [passed], [failed], rows, passed)
     assert path.parent == tmp_path / "docs" / "gpu"
     assert path.name.startswith("nvidia-geforce-rtx-4090-20")
