@@ -104,6 +104,7 @@ def state_seeds(directory: Path) -> None:
                 loader=loader_state(shuffle),
                 loss_window=(2.5, 2.0),
                 norm_window=(1.0,),
+                fp8_history=(0.5, 2.0) if has_master else (),
             )
             path = directory / f"{shuffle}{version}"
             write_state(path, state, {name: [torch.ones(N)] for name in arrays})
