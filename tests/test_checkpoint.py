@@ -264,6 +264,7 @@ class Model:
     """Of a bf16 run at stage 0; its values tell the step."""
 
     options = SimpleNamespace(master_weights=True, zero_stage=0, precision="bf16", device="cpu")
+    fp8_history = ()
 
     def __init__(self, step):
         self.step, self.rng_state, self.last_update_rng_state = step, step + 1, step + 2
