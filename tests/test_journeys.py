@@ -55,11 +55,15 @@ def play_chess(directory: Path) -> list[tuple[str, str]]:
     (directory / "games.pgn").write_text("".join(f'[Event "?"]\n\n{game}\n\n' for game in GAMES * 60))
     return [
         ("llmc-data lichess 2013-01", "llmc-data lichess --pgn games.pgn --name 201301 --val-fraction 0.3"),
-        ("l=8,c=128,h=4,t=256", "l=1,c=16,h=1,t=64"),
-        ("-b 16 -t 256 -x 2600", "-b 4 -t 64 -x 2"),
-        ("-u 100", "-u 1"),
-        ("-n 2600", "-n 2"),
-        ("model_00002600", "model_00000002"),
+        ("l=6,c=128,h=4,t=256", "l=1,c=16,h=1,t=64"),
+        ("-b 8 -t 128 -x 6600", "-b 4 -t 32 -x 2"),
+        ("-b 8 -t 256 -x 1950", "-b 4 -t 64 -x 2"),
+        ("-u 200", "-u 1"),
+        ("-u 50", "-u 1"),
+        ("-n 6600", "-n 2"),
+        ("-n 1950", "-n 2"),
+        ("model_00006600", "model_00000002"),
+        ("model_00001950", "model_00000002"),
         ("--chess-shards", "--games 4 --chess-shards"),
     ]
 
@@ -79,7 +83,7 @@ def journeys() -> list[str]:
     [
         (0, fine_tune, {"plot.png", "my_gpt2/model.safetensors"}),
         (1, reproduce, {"plot.png", "log_gpt2_124M/main.log", "dev/data/hellaswag/hellaswag_val.bin"}),
-        (2, play_chess, {"log_chess/model_00000002.bin"}),
+        (2, play_chess, {"log_chess_128/model_00000002.bin", "log_chess_256/model_00000002.bin"}),
     ],
 )
 def test_journey(tmp_path: Path, number: int, prepare, made: set[str]) -> None:
