@@ -87,10 +87,10 @@ GPUS = {
 
 # Share of the peak that cuBLASLt's largest tiles reach in a long loop: power, clocks, its own instructions. Ampere's is
 # fitted to llm.c's 350M on 8 A100, Hopper's to its 1558M on 8 H100; the others are taken to be like them.
+# FP8 is taken to reach the same share of a peak twice as high.
 AMPERE, HOPPER = 0.813, 0.695
 PRODUCT_SHARE: dict[Generation, float] = {"Ampere": AMPERE, "Ada": AMPERE, "Hopper": HOPPER, "Blackwell": HOPPER}
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # rows and columns of the result
-# FP8 is taken to reach the same share of a peak twice as high.
 # K may be cut into parts where there are too few tiles; their results are added in fp32.
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 SHORTEST_K = 512

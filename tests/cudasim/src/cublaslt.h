@@ -4,9 +4,10 @@
 //   cublaslt_matmul.cpp        heuristics, cublasLtMatmul and its epilogues
 //   cublaslt_product.cpp       the fp32 product of two packed matrices
 // It computes D = epilogue(alpha·op(A)·op(B) + beta·C) for fp32, bf16 and FP8 operands with fp32 accumulation, those of
-// FP8 times their scales, and refuses what the real library documents as wrong, and what the simulator does not compute. A refused call gives the status of the real
-// library; the reason goes to stderr where CUBLASLT_LOG_LEVEL is 1 or more (as in the real library), and a refused
-// cublasLtMatmul, which a program never does on purpose, is reported as an error of kind "cublaslt".
+// FP8 times their scales, and refuses what the real library documents as wrong, and what the simulator does not compute.
+// A refused call gives the status of the real library; the reason goes to stderr where CUBLASLT_LOG_LEVEL is 1 or more (as
+// in the real library), and a refused cublasLtMatmul, which a program never does on purpose, is reported as an error of
+// kind "cublaslt".
 #pragma once
 
 #include <cublasLt.h>
