@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import gzip
 import json
 import random
@@ -219,6 +220,20 @@ def test_truncated_zstd_in_the_middle(capsys: pytest.CaptureFixture[str]) -> Non
     whole = zstandard.compress(random.Random(0).randbytes(50_000).hex().encode())
     Path("a.txt.zst").write_bytes(whole[: len(whole) // 2])
     assert refuse(capsys, 1, "a.txt.zst") == "cannot read a.txt.zst: it is truncated"
+
+
+def test_an_error_keeps_no_buffers() -> None:
+    """Of which a frame may ask for gigabytes."""
+    zstandard = pytest.importorskip("zstandard")
+    Path("a.txt.zst").write_bytes(zstandard.compress(b"text") + b"damage")
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(RunError, match="Unknown frame descriptor"):
+            list(source.read_pieces(Source(Path("a.txt.zst"), 1, True), divide=True))
+        assert not any(isinstance(kept, source._Zstd) for kept in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_zstd_of_nothing_but_zeros(tmp_path: Path) -> None:
