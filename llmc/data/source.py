@@ -97,7 +97,7 @@ def open_source(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 yield file, cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
     except errors as error:
         # Not the error itself: with this frame, which it refers to, it would keep the buffers until Python collects.
-        reason = str(isinstance(error, OSError) and error.strerror or error)
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
         raise RunError(f"cannot read {path}: {reason}") from error
 
 
