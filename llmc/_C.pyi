@@ -357,12 +357,56 @@ class ops:
         """dweight += dout.T @ x; dbias += dout.sum over rows; = without accumulate"""
 
     @staticmethod
-    def quantize(out: Tensor | None, transposed: Tensor | None, amax: Tensor | None, x: Tensor, scale: Tensor) -> None:
+    def quantize(
+        out: Tensor | None, transposed: Tensor | None, amax: Tensor | None, x: Tensor, scale: Tensor | None
+    ) -> None:
         """out = x * scale[0] in FP8, saturated; transposed = out.T; amax = max(amax, |x|); each may be None"""
 
     @staticmethod
-    def fp8_scale(scale: Tensor, x: Tensor, e5m2: bool) -> None:
-        """scale = the largest power of two for which x fits the format, and its inverse"""
+    def quantize_gelu(
+        out: Tensor | None, transposed: Tensor | None, amax: Tensor | None, pre: Tensor, scale: Tensor | None
+    ) -> None:
+        """quantize of gelu(pre), to E4M3"""
+
+    @staticmethod
+    def quantize_gradient(
+        out: Tensor | None,
+        transposed: Tensor | None,
+        amax: Tensor | None,
+        dbias: Tensor | None,
+        dout: Tensor,
+        pre: Tensor | None,
+        scale: Tensor | None,
+        accumulate: bool = False,
+    ) -> None:
+        """quantize of dout, or with pre of dout * gelu'(pre), to E5M2; dbias = or += its sum over rows"""
+
+    @staticmethod
+    def fp8_layernorm_forward(
+        out: Tensor | None,
+        amax: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+    ) -> None:
+        """residual = a + b; out = layernorm(residual), in E4M3; without residual and b that of a"""
+
+    @staticmethod
+    def fp8_transpose(out: Tensor, x: Tensor) -> None:
+        """out = x.T"""
+
+    @staticmethod
+    def fp8_scale(scale: Tensor, amax: Tensor, e5m2: bool) -> None:
+        """scale = the largest power of two by which amax fits the format, and its inverse"""
+
+    @staticmethod
+    def raise_amax(amax: Tensor, other: Tensor) -> None:
+        """amax = max(amax, other), NaN above all"""
 
     @staticmethod
     def update_fp8_scales(
@@ -372,27 +416,15 @@ class ops:
 
     @staticmethod
     def fp8_matmul_forward(
-        out: Tensor,
-        pre: Tensor | None,
-        x: Tensor,
-        unscale_x: Tensor,
-        weight: Tensor,
-        unscale_weight: Tensor,
-        bias: Tensor,
+        out: Tensor, x: Tensor, unscale_x: Tensor, weight: Tensor, unscale_weight: Tensor, bias: Tensor
     ) -> None:
-        """out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales; with pre its GELU"""
+        """out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales"""
 
     @staticmethod
     def fp8_matmul_backward(
-        out: Tensor,
-        pre: Tensor | None,
-        a: Tensor,
-        unscale_a: Tensor,
-        b: Tensor,
-        unscale_b: Tensor,
-        accumulate: bool = False,
+        out: Tensor, a: Tensor, unscale_a: Tensor, b: Tensor, unscale_b: Tensor, accumulate: bool = False
     ) -> None:
-        """out (N,M) = or += a (N,K) @ b (M,K).T; with pre times gelu'(pre)"""
+        """out (N,M) = or += a (N,K) @ b (M,K).T"""
 
     @staticmethod
     def gelu_forward(out: Tensor, x: Tensor) -> None:

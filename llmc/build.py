@@ -93,6 +93,10 @@ def check_fp8(config: TrainConfig, shape: ModelShape, precision: FileDtype, devi
         raise UsageError(f"--fp8 1 needs a GPU of compute capability 8.9 or newer, which {device.name} is not: drop it")
     if precision != "bf16":
         raise UsageError(f"--fp8 1 needs --precision bf16, this run is in {precision}: drop it")
+    if config.gelu_fusion > 0:
+        raise UsageError(
+            f"-ge {config.gelu_fusion} cannot be with --fp8 1, which computes the GELU with the conversion: drop -ge"
+        )
     if config.batch_size * config.seq_len % 16 != 0:
         raise UsageError(
             f"--fp8 1 needs batches of a multiple of 16 tokens, -b {config.batch_size} times -t {config.seq_len} is "
@@ -120,6 +124,7 @@ def core_options(
         raise UsageError("--offload-optimizer 1 has no effect on a CPU, whose memory is the host's: drop it")
     if not config.autotune and not device.is_cuda:
         raise UsageError("--autotune 0 has no effect on a CPU, where nothing is chosen by time: drop it")
+    fuses_gelu = device.fuses_gelu and not config.fp8
     cudnn = config.attention == "cudnn"
     if cudnn and not device.is_cuda:
         raise UsageError("--attention cudnn needs a GPU, this run is on a CPU: drop it")
@@ -136,7 +141,7 @@ def core_options(
         grad_dtype="fp32" if config.grad_dtype == "fp32" else precision,
         recompute=config.recompute if recompute is None else recompute,
         bias_fusion=config.autotune and device.is_cuda,  # where it is slower, timing finds out
-        gelu_fusion=2 * device.fuses_gelu if config.gelu_fusion == -1 else config.gelu_fusion,
+        gelu_fusion=2 * fuses_gelu if config.gelu_fusion == -1 else config.gelu_fusion,
         master_weights=config.master_weights,
         zero_stage=config.zero_stage if zero_stage is None else zero_stage,
         device=device.core_name,

@@ -194,34 +194,104 @@ void check_fp8(const Arguments& a, const char* operation, std::initializer_list<
 }
 
 // BF16 only.
-Tensor fp8_source(Arguments& a, const char* operation, TensorArg x) {
-  const Tensor x_ = a.in("x", x, "X", "N C");
-  LLMC_CHECK(x_.dtype == DType::BF16, "%s: x is %s, it must be bf16", operation, name_of(x_.dtype));
+Tensor fp8_source(Arguments& a, const char* operation, const char* name, TensorArg x) {
+  const Tensor x_ = a.in(name, x, "X", "N C");
+  LLMC_CHECK(x_.dtype == DType::BF16, "%s: %s is %s, it must be bf16", operation, name, name_of(x_.dtype));
   check_fp8(a, operation, {"N", "C"});
   return x_;
 }
 
-void quantize(OptionalTensorArg out, OptionalTensorArg transposed, OptionalTensorArg amax, TensorArg x,
-              TensorArg scale) {
-  Arguments a("quantize");
-  LLMC_CHECK(out || transposed, "quantize: neither out nor transposed is there");
-  const Tensor x_ = fp8_source(a, "quantize", x);
-  const Tensor scale_ = a.in("scale", scale, "f32", "2S");
-  LLMC_CHECK(scale_.numel() == 2, "quantize: scale must have two values");
-  const Tensor out_ = out ? a.out("out", *out, "fp8", "N C") : Tensor{};
-  const Tensor transposed_ = transposed ? a.out("transposed", *transposed, "fp8", "C N") : Tensor{};
-  const Tensor amax_ = amax ? a.out("amax", *amax, "f32", "S") : Tensor{};
-  LLMC_CHECK(!out || !transposed || out_.dtype == transposed_.dtype,
-             "quantize: out and transposed must have the same dtype");
-  CurrentOps(a.device())->quantize(out_, transposed_, amax_, x_, scale_);
+Tensor fp8_scale_pair(Arguments& a, const char* operation, TensorArg scale, bool written) {
+  const Tensor result = written ? a.out("scale", scale, "f32", "2S") : a.in("scale", scale, "f32", "2S");
+  LLMC_CHECK(result.numel() == 2, "%s: scale must have two values", operation);
+  return result;
 }
 
-void fp8_scale(TensorArg scale, TensorArg x, bool e5m2) {
+// With `only`, of that type.
+Fp8Out fp8_out(Arguments& a, const char* operation, OptionalTensorArg out, OptionalTensorArg transposed,
+               OptionalTensorArg amax, OptionalTensorArg scale, std::optional<DType> only = {}) {
+  LLMC_CHECK(out || transposed || amax, "%s: neither out nor transposed nor amax is there", operation);
+  LLMC_CHECK(scale || !(out || transposed), "%s: out and transposed need a scale", operation);
+  Fp8Out result;
+  if (scale) result.scale = fp8_scale_pair(a, operation, *scale, false);
+  if (out) result.values = a.out("out", *out, "fp8", "N C");
+  if (transposed) result.transposed = a.out("transposed", *transposed, "fp8", "C N");
+  if (amax) result.amax = a.out("amax", *amax, "f32", "S");
+  LLMC_CHECK(!out || !transposed || result.values.dtype == result.transposed.dtype,
+             "%s: out and transposed must have the same dtype", operation);
+  for (const Tensor& tensor : {result.values, result.transposed}) {
+    LLMC_CHECK(!tensor || !only || tensor.dtype == *only, "%s: the result is %s, it must be %s", operation,
+               name_of(tensor.dtype), name_of(*only));
+  }
+  return result;
+}
+
+void quantize(OptionalTensorArg out, OptionalTensorArg transposed, OptionalTensorArg amax, TensorArg x,
+              OptionalTensorArg scale) {
+  Arguments a("quantize");
+  const Tensor x_ = fp8_source(a, "quantize", "x", x);
+  const Fp8Out out_ = fp8_out(a, "quantize", out, transposed, amax, scale);
+  CurrentOps(a.device())->quantize(out_, x_);
+}
+
+void quantize_gelu(OptionalTensorArg out, OptionalTensorArg transposed, OptionalTensorArg amax, TensorArg pre,
+                   OptionalTensorArg scale) {
+  Arguments a("quantize_gelu");
+  const Tensor pre_ = fp8_source(a, "quantize_gelu", "pre", pre);
+  const Fp8Out out_ = fp8_out(a, "quantize_gelu", out, transposed, amax, scale, DType::E4M3);
+  CurrentOps(a.device())->quantize_gelu(out_, pre_);
+}
+
+void quantize_gradient(OptionalTensorArg out, OptionalTensorArg transposed, OptionalTensorArg amax,
+                       OptionalTensorArg dbias, TensorArg dout, OptionalTensorArg pre, OptionalTensorArg scale,
+                       bool accumulate) {
+  Arguments a("quantize_gradient");
+  const Tensor dout_ = fp8_source(a, "quantize_gradient", "dout", dout);
+  const Tensor pre_ = pre ? fp8_source(a, "quantize_gradient", "pre", *pre) : Tensor{};
+  const Fp8Out out_ = fp8_out(a, "quantize_gradient", out, transposed, amax, scale, DType::E5M2);
+  const Tensor dbias_ = dbias ? a.out("dbias", *dbias, "G", "C") : Tensor{};
+  CurrentOps(a.device())->quantize_gradient(out_, dbias_, dout_, pre_, accumulate);
+}
+
+void fp8_layernorm_forward(OptionalTensorArg out, OptionalTensorArg amax, OptionalTensorArg residual, TensorArg mean,
+                           TensorArg rstd, TensorArg left, OptionalTensorArg right, TensorArg weight, TensorArg bias,
+                           OptionalTensorArg scale) {
+  Arguments a("fp8_layernorm_forward");
+  LLMC_CHECK(bool(residual) == bool(right), "fp8_layernorm_forward: residual needs b");
+  const Tensor left_ = fp8_source(a, "fp8_layernorm_forward", "a", left);
+  const Tensor right_ = right ? a.in("b", *right, "X", "N C") : Tensor{};
+  const Tensor weight_ = a.in("weight", weight, "X", "C");
+  const Tensor bias_ = a.in("bias", bias, "X", "C");
+  const Tensor residual_ = residual ? a.out("residual", *residual, "X", "N C") : Tensor{};
+  const Fp8Out out_ = fp8_out(a, "fp8_layernorm_forward", out, {}, amax, scale, DType::E4M3);
+  const Tensor mean_ = a.out("mean", mean, "f32", "N");
+  const Tensor rstd_ = a.out("rstd", rstd, "f32", "N");
+  CurrentOps(a.device())->fp8_layernorm_forward(out_, residual_, mean_, rstd_, left_, right_, weight_, bias_);
+}
+
+void fp8_transpose(TensorArg out, TensorArg x) {
+  Arguments a("fp8_transpose");
+  const Tensor x_ = a.in("x", x, "fp8", "N C");
+  const Tensor out_ = a.out("out", out, "fp8", "C N");
+  check_fp8(a, "fp8_transpose", {"N", "C"});
+  LLMC_CHECK(out_.dtype == x_.dtype, "fp8_transpose: out and x must have the same dtype");
+  CurrentOps(a.device())->fp8_transpose(out_, x_);
+}
+
+void fp8_scale(TensorArg scale, TensorArg amax, bool e5m2) {
   Arguments a("fp8_scale");
-  const Tensor x_ = fp8_source(a, "fp8_scale", x);
-  const Tensor scale_ = a.out("scale", scale, "f32", "2S");
-  LLMC_CHECK(scale_.numel() == 2, "fp8_scale: scale must have two values");
-  CurrentOps(a.device())->fp8_scale(scale_, x_, e5m2 ? DType::E5M2 : DType::E4M3);
+  const Tensor amax_ = a.in("amax", amax, "f32", "S");
+  const Tensor scale_ = fp8_scale_pair(a, "fp8_scale", scale, true);
+  check_fp8(a, "fp8_scale", {});
+  CurrentOps(a.device())->fp8_scale(scale_, amax_, e5m2 ? DType::E5M2 : DType::E4M3);
+}
+
+void raise_amax(TensorArg amax, TensorArg other) {
+  Arguments a("raise_amax");
+  const Tensor other_ = a.in("other", other, "f32", "tensors");
+  const Tensor amax_ = a.out("amax", amax, "f32", "tensors");
+  check_fp8(a, "raise_amax", {});
+  CurrentOps(a.device())->raise_amax(amax_, other_);
 }
 
 void update_fp8_scales(TensorArg scales, TensorArg history, OptionalTensorArg amax, OptionalTensorArg grad_scale,
@@ -241,27 +311,25 @@ Fp8Matrix fp8_factor(Arguments& a, const char* name, TensorArg values, TensorArg
   return {a.in(name, values, "fp8", shape), a.in("unscale", unscale, "f32", "S")};
 }
 
-void fp8_matmul_forward(TensorArg out, OptionalTensorArg pre, TensorArg x, TensorArg unscale_x, TensorArg weight,
-                        TensorArg unscale_weight, TensorArg bias) {
+void fp8_matmul_forward(TensorArg out, TensorArg x, TensorArg unscale_x, TensorArg weight, TensorArg unscale_weight,
+                        TensorArg bias) {
   Arguments a("fp8_matmul_forward");
   const Fp8Matrix x_ = fp8_factor(a, "x", x, unscale_x, "N IC");
   const Fp8Matrix weight_ = fp8_factor(a, "weight", weight, unscale_weight, "OC IC");
   const Tensor bias_ = a.in("bias", bias, "X", "OC");
   const Tensor out_ = a.out("out", out, "X", "N OC");
-  const Tensor pre_ = pre ? a.out("pre", *pre, "X", "N OC") : Tensor{};
   check_fp8(a, "fp8_matmul_forward", {"N", "IC", "OC"});
-  CurrentOps(a.device())->fp8_matmul_forward(out_, pre_, x_, weight_, bias_);
+  CurrentOps(a.device())->fp8_matmul_forward(out_, x_, weight_, bias_);
 }
 
-void fp8_matmul_backward(TensorArg out, OptionalTensorArg pre, TensorArg left, TensorArg unscale_left, TensorArg right,
+void fp8_matmul_backward(TensorArg out, TensorArg left, TensorArg unscale_left, TensorArg right,
                          TensorArg unscale_right, bool accumulate) {
   Arguments a("fp8_matmul_backward");
   const Fp8Matrix left_ = fp8_factor(a, "a", left, unscale_left, "N K");
   const Fp8Matrix right_ = fp8_factor(a, "b", right, unscale_right, "M K");
   const Tensor out_ = a.out("out", out, "any", "N M");
-  const Tensor pre_ = pre ? a.in("pre", *pre, "X", "N M") : Tensor{};
   check_fp8(a, "fp8_matmul_backward", {"N", "M", "K"});
-  CurrentOps(a.device())->fp8_matmul_backward(out_, pre_, left_, right_, accumulate);
+  CurrentOps(a.device())->fp8_matmul_backward(out_, left_, right_, accumulate);
 }
 
 void gelu_forward(TensorArg out, TensorArg x) {
@@ -438,16 +506,26 @@ void register_ops(py::module_& module) {
         "accumulate"_a = true, "dweight += dout.T @ x; dbias += dout.sum over rows; = without accumulate");
   m.def("quantize", &quantize, no_gil, "out"_a, "transposed"_a, "amax"_a, "x"_a, "scale"_a,
         "out = x * scale[0] in FP8, saturated; transposed = out.T; amax = max(amax, |x|); each may be None");
-  m.def("fp8_scale", &fp8_scale, no_gil, "scale"_a, "x"_a, "e5m2"_a,
-        "scale = the largest power of two for which x fits the format, and its inverse");
+  m.def("quantize_gelu", &quantize_gelu, no_gil, "out"_a, "transposed"_a, "amax"_a, "pre"_a, "scale"_a,
+        "quantize of gelu(pre), to E4M3");
+  m.def("quantize_gradient", &quantize_gradient, no_gil, "out"_a, "transposed"_a, "amax"_a, "dbias"_a, "dout"_a,
+        "pre"_a, "scale"_a, "accumulate"_a = false,
+        "quantize of dout, or with pre of dout * gelu'(pre), to E5M2; dbias = or += its sum over rows");
+  m.def("fp8_layernorm_forward", &fp8_layernorm_forward, no_gil, "out"_a, "amax"_a, "residual"_a, "mean"_a, "rstd"_a,
+        "a"_a, "b"_a, "weight"_a, "bias"_a, "scale"_a,
+        "residual = a + b; out = layernorm(residual), in E4M3; without residual and b that of a");
+  m.def("fp8_transpose", &fp8_transpose, no_gil, "out"_a, "x"_a, "out = x.T");
+  m.def("fp8_scale", &fp8_scale, no_gil, "scale"_a, "amax"_a, "e5m2"_a,
+        "scale = the largest power of two by which amax fits the format, and its inverse");
+  m.def("raise_amax", &raise_amax, no_gil, "amax"_a, "other"_a, "amax = max(amax, other), NaN above all");
   m.def("update_fp8_scales", &update_fp8_scales, no_gil, "scales"_a, "history"_a, "amax"_a, "grad_scale"_a,
         "first_e5m2"_a,
         "history (n,window) takes amax, unless that or grad_scale is not finite; scales (n,2) = those of its maxima");
-  m.def("fp8_matmul_forward", &fp8_matmul_forward, no_gil, "out"_a, "pre"_a, "x"_a, "unscale_x"_a, "weight"_a,
+  m.def("fp8_matmul_forward", &fp8_matmul_forward, no_gil, "out"_a, "x"_a, "unscale_x"_a, "weight"_a,
         "unscale_weight"_a, "bias"_a,
-        "out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales; with pre its GELU");
-  m.def("fp8_matmul_backward", &fp8_matmul_backward, no_gil, "out"_a, "pre"_a, "a"_a, "unscale_a"_a, "b"_a,
-        "unscale_b"_a, "accumulate"_a = false, "out (N,M) = or += a (N,K) @ b (M,K).T; with pre times gelu'(pre)");
+        "out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales");
+  m.def("fp8_matmul_backward", &fp8_matmul_backward, no_gil, "out"_a, "a"_a, "unscale_a"_a, "b"_a, "unscale_b"_a,
+        "accumulate"_a = false, "out (N,M) = or += a (N,K) @ b (M,K).T");
   m.def("gelu_forward", &gelu_forward, no_gil, "out"_a, "x"_a, "out = gelu(x), tanh form");
   m.def("gelu_backward", &gelu_backward, no_gil, "dx"_a, "x"_a, "dx *= gelu'(x), in place");
   m.def("attention_forward", &attention_forward, no_gil, "out"_a, "lse"_a, "qkv"_a, "num_heads"_a, "first"_a = 0,

@@ -77,11 +77,17 @@ class CudaOps final : public Ops {
   void matmul_backward_weight(Tensor dweight, Tensor dout, Tensor x, bool accumulate) override;
   void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
   void matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) override;
-  void quantize(Tensor out, Tensor transposed, Tensor amax, Tensor x, Tensor scale) override;
-  void fp8_scale(Tensor scale, Tensor x, DType format) override;
+  void quantize(const Fp8Out& out, Tensor x) override;
+  void quantize_gelu(const Fp8Out& out, Tensor pre) override;
+  void quantize_gradient(const Fp8Out& out, Tensor dbias, Tensor dout, Tensor pre, bool accumulate) override;
+  void fp8_layernorm_forward(const Fp8Out& out, Tensor residual, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                             Tensor weight, Tensor bias) override;
+  void fp8_transpose(Tensor out, Tensor x) override;
+  void fp8_scale(Tensor scale, Tensor amax, DType format) override;
+  void raise_amax(Tensor amax, Tensor other) override;
   void update_fp8_scales(Tensor scales, Tensor history, Tensor amax, Tensor grad_scale, int64_t first_e5m2) override;
-  void fp8_matmul_forward(Tensor out, Tensor pre, Fp8Matrix x, Fp8Matrix weight, Tensor bias) override;
-  void fp8_matmul_backward(Tensor out, Tensor pre, Fp8Matrix a, Fp8Matrix b, bool accumulate) override;
+  void fp8_matmul_forward(Tensor out, Fp8Matrix x, Fp8Matrix weight, Tensor bias) override;
+  void fp8_matmul_backward(Tensor out, Fp8Matrix a, Fp8Matrix b, bool accumulate) override;
   void gelu_forward(Tensor out, Tensor x) override;
   void gelu_backward(Tensor dx, Tensor x) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int64_t num_heads, int64_t first) override;

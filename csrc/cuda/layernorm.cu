@@ -15,6 +15,7 @@
 #include "cuda/column_sums.cuh"
 #include "cuda/cuda_ops.h"
 #include "cuda/elements.cuh"
+#include "cuda/fp8.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
@@ -38,11 +39,35 @@ __device__ float row_sum(float x) {
   }
 }
 
-// One row; thread is this thread's number among the kRowThreads that share it. Both forms of the forward pass use it,
-// so that they give the same bits: first_pass(c) gives the row's elements from c on, once; kept(c) gives them again.
-template <typename X, int kRowThreads, typename FirstPass, typename Kept>
-__device__ void normalise(X* out, float* mean_out, float* rstd_out, const X* weight, const X* bias, int C, int thread,
-                          FirstPass first_pass, Kept kept) {
+// Where the output goes, element by element: as X, or in FP8 with its largest value, unless that is all that is asked for.
+template <typename X>
+struct Plain {
+  X* out;
+
+  __device__ void store(int64_t at, const float (&y)[Packed<X>::size]) { store_elements(out + at, y); }
+  __device__ void finish() {}
+};
+struct InE4M3 {
+  uint8_t* out;
+  uint32_t* amax;
+  const float* scale;
+  uint32_t largest = 0;
+
+  __device__ void store(int64_t at, const float (&y)[8]) {
+    for (const float value : y) largest = max(largest, magnitude(value));
+    if (out) *reinterpret_cast<uint2*>(out + at) = quantized<E4M3>(y, *scale);
+  }
+  __device__ void finish() {
+    if (amax) raise_amax<kThreads>(amax, largest);
+  }
+};
+
+// One row; thread is this thread's number among the kRowThreads that share it. All forms of the forward pass use it,
+// so that they give the same bits: first_pass(c) gives the row's elements from c on, once; kept(c) gives them again. The
+// output begins at `first`.
+template <typename X, int kRowThreads, typename Out, typename FirstPass, typename Kept>
+__device__ void normalise(Out& out, int64_t first, float* mean_out, float* rstd_out, const X* weight, const X* bias,
+                          int C, int thread, FirstPass first_pass, Kept kept) {
   constexpr int W = Packed<X>::size;
   float sum = 0;
   for (int c = thread * W; c < C; c += kRowThreads * W) {
@@ -60,11 +85,9 @@ __device__ void normalise(X* out, float* mean_out, float* rstd_out, const X* wei
 
   for (int c = thread * W; c < C; c += kRowThreads * W) {
     const Packed<X> x = kept(c), w = load128(weight + c), b = load128(bias + c);
-    Packed<X> y;
-    for (int i = 0; i < W; i++) {
-      y[i] = from_float<X>((to_float(x[i]) - mean) * rstd * to_float(w[i]) + to_float(b[i]));
-    }
-    store128(out + c, y);
+    float y[W];
+    for (int i = 0; i < W; i++) y[i] = (to_float(x[i]) - mean) * rstd * to_float(w[i]) + to_float(b[i]);
+    out.store(first + c, y);
   }
   if (thread == 0) {
     *mean_out = mean;
@@ -81,50 +104,52 @@ __device__ void normalise(X* out, float* mean_out, float* rstd_out, const X* wei
 //
 // kResidual: residual = a + b is normalised. Otherwise a is, and residual and b are not used.
 // kKeep: the block has shared memory for its rows.
-template <typename X, int kRowThreads, bool kKeep, bool kResidual>
+template <typename X, int kRowThreads, bool kKeep, bool kResidual, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    layernorm_forward_kernel(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight,
+    layernorm_forward_kernel(Out out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight,
                              const X* bias, int64_t N, int C) {
   after_previous_kernel();
   constexpr int kRows = kThreads / kRowThreads;
   LLMC_DYNAMIC_SHARED(X, shared);
   const int row = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads;
   const int64_t n = int64_t(blockIdx.x) * kRows + row;
-  if (n >= N) return;
-  X* kept_row = shared + row * C;
-  const X* stored_row = (kResidual ? residual : a) + n * C;
+  if (n < N) {
+    X* kept_row = shared + row * C;
+    const X* stored_row = (kResidual ? residual : a) + n * C;
 
-  const auto first_pass = [=](int c) {
-    Packed<X> x;
-    if constexpr (kResidual) {
-      x = load128_once(a + n * C + c);
-      const Packed<X> y = load128_once(b + n * C + c);
-      for (int i = 0; i < Packed<X>::size; i++) x[i] = from_float<X>(to_float(x[i]) + to_float(y[i]));
-      store128(residual + n * C + c, x);
-    } else {
-      x = load128(a + n * C + c);
-    }
-    if constexpr (kKeep) store128(kept_row + c, x);
-    return x;
-  };
-  const auto kept = [=](int c) { return load128(kKeep ? kept_row + c : stored_row + c); };
-  normalise<X, kRowThreads>(out + n * C, &mean[n], &rstd[n], weight, bias, C, thread, first_pass, kept);
+    const auto first_pass = [=](int c) {
+      Packed<X> x;
+      if constexpr (kResidual) {
+        x = load128_once(a + n * C + c);
+        const Packed<X> y = load128_once(b + n * C + c);
+        for (int i = 0; i < Packed<X>::size; i++) x[i] = from_float<X>(to_float(x[i]) + to_float(y[i]));
+        store128(residual + n * C + c, x);
+      } else {
+        x = load128(a + n * C + c);
+      }
+      if constexpr (kKeep) store128(kept_row + c, x);
+      return x;
+    };
+    const auto kept = [=](int c) { return load128(kKeep ? kept_row + c : stored_row + c); };
+    normalise<X, kRowThreads>(out, n * C, &mean[n], &rstd[n], weight, bias, C, thread, first_pass, kept);
+  }
+  out.finish();
 }
 
-template <typename X, bool kResidual>
-void forward(X* out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight, const X* bias,
+template <typename X, bool kResidual, typename Out>
+void forward(Out out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight, const X* bias,
              int64_t N, int64_t C, cudaStream_t stream) {
   const size_t row_bytes = size_t(C) * sizeof(X);
   if (row_bytes <= kWarpRowBytes) {
     constexpr int kRows = kThreads / kWarp;
-    launch(layernorm_forward_kernel<X, kWarp, true, kResidual>, blocks_for(N, kRows), kThreads, kRows * row_bytes,
+    launch(layernorm_forward_kernel<X, kWarp, true, kResidual, Out>, blocks_for(N, kRows), kThreads, kRows * row_bytes,
            stream, out, mean, rstd, residual, a, b, weight, bias, N, int(C));
   } else if (row_bytes <= kSharedRowBytes) {
-    launch(layernorm_forward_kernel<X, kThreads, true, kResidual>, unsigned(N), kThreads, row_bytes, stream, out, mean,
-           rstd, residual, a, b, weight, bias, N, int(C));
+    launch(layernorm_forward_kernel<X, kThreads, true, kResidual, Out>, unsigned(N), kThreads, row_bytes, stream, out,
+           mean, rstd, residual, a, b, weight, bias, N, int(C));
   } else {
-    launch(layernorm_forward_kernel<X, kThreads, false, kResidual>, unsigned(N), kThreads, 0, stream, out, mean, rstd,
-           residual, a, b, weight, bias, N, int(C));
+    launch(layernorm_forward_kernel<X, kThreads, false, kResidual, Out>, unsigned(N), kThreads, 0, stream, out, mean,
+           rstd, residual, a, b, weight, bias, N, int(C));
   }
 }
 
@@ -292,8 +317,8 @@ void CudaOps::layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor x, 
   check_channels("layernorm_forward", x.last());
   dispatch(x.dtype, [&](auto zero) {
     using X = decltype(zero);
-    forward<X, false>(out.as<X>(), mean.as<float>(), rstd.as<float>(), nullptr, x.as<X>(), nullptr, weight.as<X>(),
-                      bias.as<X>(), x.rows(), x.last(), stream_);
+    forward<X, false>(Plain<X>{out.as<X>()}, mean.as<float>(), rstd.as<float>(), nullptr, x.as<X>(), nullptr,
+                      weight.as<X>(), bias.as<X>(), x.rows(), x.last(), stream_);
   });
 }
 
@@ -302,9 +327,18 @@ void CudaOps::residual_layernorm_forward(Tensor residual, Tensor out, Tensor mea
   check_channels("residual_layernorm_forward", out.last());
   dispatch(out.dtype, [&](auto zero) {
     using X = decltype(zero);
-    forward<X, true>(out.as<X>(), mean.as<float>(), rstd.as<float>(), residual.as<X>(), a.as<X>(), b.as<X>(),
+    forward<X, true>(Plain<X>{out.as<X>()}, mean.as<float>(), rstd.as<float>(), residual.as<X>(), a.as<X>(), b.as<X>(),
                      weight.as<X>(), bias.as<X>(), out.rows(), out.last(), stream_);
   });
+}
+
+void CudaOps::fp8_layernorm_forward(const Fp8Out& out, Tensor residual, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                    Tensor weight, Tensor bias) {
+  check_channels("fp8_layernorm_forward", a.last());
+  const InE4M3 to = {out.values.as<uint8_t>(), out.amax.as<uint32_t>(), out.scale.as<float>()};
+  const auto run = residual ? forward<bf16, true, InE4M3> : forward<bf16, false, InE4M3>;
+  run(to, mean.as<float>(), rstd.as<float>(), residual.as<bf16>(), a.as<bf16>(), b.as<bf16>(), weight.as<bf16>(),
+      bias.as<bf16>(), a.rows(), a.last(), stream_);
 }
 
 void CudaOps::layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dout, Tensor x, Tensor weight,

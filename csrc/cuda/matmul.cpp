@@ -108,34 +108,17 @@ void CudaOps::matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor d
 }
 
 // Gradients need exact sums more than activations do, which are rounded again at once.
-void CudaOps::fp8_matmul_forward(Tensor out, Tensor pre, Fp8Matrix x, Fp8Matrix weight, Tensor bias) {
-  Product product = fp8_product(pre ? pre : out, x, weight);
+void CudaOps::fp8_matmul_forward(Tensor out, Fp8Matrix x, Fp8Matrix weight, Tensor bias) {
+  Product product = fp8_product(out, x, weight);
   product.bias = bias;
   product.fast_accumulation = true;
-  if (!pre) {
-    multiply(product);
-    return;
-  }
-  Product fused = product;
-  fused.d = out;
-  fused.gelu = Product::Gelu::Forward;
-  fused.pre = pre;
-  if (multiply(fused)) return;
   multiply(product);
-  gelu_forward(out, pre);
 }
 
-void CudaOps::fp8_matmul_backward(Tensor out, Tensor pre, Fp8Matrix a, Fp8Matrix b, bool accumulate) {
+void CudaOps::fp8_matmul_backward(Tensor out, Fp8Matrix a, Fp8Matrix b, bool accumulate) {
   Product product = fp8_product(out, a, b);
   product.accumulate = accumulate;
-  Product fused = product;
-  if (pre) {
-    fused.gelu = Product::Gelu::Backward;
-    fused.pre = pre;
-  }
-  if (multiply(fused)) return;
   multiply(product);
-  gelu_backward(out, pre);
 }
 
 }  // namespace llmc::cuda

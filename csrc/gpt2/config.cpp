@@ -60,6 +60,8 @@ void Options::validate(const GPT2Config& config) const {
   LLMC_CHECK(!cuda_graphs || device.cuda, "cuda_graphs needs a GPU: a CPU has no graphs");
   LLMC_CHECK(!fp8 || (device.cuda && precision == DType::BF16), "fp8 needs a GPU and bf16: the precision is %s on %s",
              name_of(precision), name_of(device).c_str());
+  LLMC_CHECK(!fp8 || gelu_fusion == 0, "fp8 computes the GELU with the conversion: gelu_fusion is %d, it must be 0",
+             gelu_fusion);
   LLMC_CHECK(!fp8 || config.channels % 16 == 0, "fp8 needs channels that are a multiple of 16, not %" PRId64,
              config.channels);
   LLMC_CHECK(offload_piece >= 0, "offload_piece is %" PRId64 ", it must not be negative", offload_piece);

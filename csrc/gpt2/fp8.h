@@ -1,7 +1,8 @@
 // FP8 products with delayed scaling (Micikevicius et al. 2022): what of a model has a scale, and where.
 //
 // Each of a block's four products has three tensors with a scale of their own: its input and its weight, in E4M3, and the
-// gradient of its result, in E5M2. They stay in bf16, and are converted where a product needs them.
+// gradient of its result, in E5M2. What computes the input converts it at once if nothing else needs it; weights, gradients
+// and the input that attention computes, which stay in bf16, are converted where a product needs them.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,8 @@ constexpr int64_t kFp8Window = 16;
 
 inline int64_t fp8_tensors(const GPT2Config& config) { return kNumFp8Roles * config.num_layers * kNumProducts; }
 
-// Of those, the first in E5M2: roles lie one behind the other.
+// Roles lie one behind the other: inputs, weights, and in E5M2 gradients.
+inline int64_t first_fp8_weight(const GPT2Config& config) { return kFp8Weight * config.num_layers * kNumProducts; }
 inline int64_t first_fp8_gradient(const GPT2Config& config) { return kFp8Gradient * config.num_layers * kNumProducts; }
 
 inline int64_t fp8_tensor(const GPT2Config& config, Fp8Role role, ParameterKind weight, int64_t layer) {

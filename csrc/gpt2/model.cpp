@@ -62,6 +62,14 @@ Tensor GPT2::block_lse(int64_t layer) {
   return make_tensor(whole.data, whole.dtype, batch_, config_.num_heads, seq_);
 }
 
+// In E4M3 for batches in FP8. A model with FP8 that has another batch keeps nothing of it.
+Tensor GPT2::normalised(int64_t l, const char* name) {
+  if (options_.fp8 && !in_fp8()) return rows("lnf");
+  Tensor result = block_rows(l, name);
+  if (options_.fp8) result.dtype = DType::E4M3;  // also where it shares lnf's memory
+  return result;
+}
+
 Tensor GPT2::shaped(Tensor rows) const {
   return make_tensor(rows.data, rows.dtype, batch_, seq_ - first_, rows.last());
 }
@@ -145,8 +153,8 @@ void GPT2::run_forward(const int32_t* tokens) {
     ops_->embedding_forward(shaped(encoded), make_tensor(ids.data, ids.dtype, batch_, seq_ - first_), parameter(kWte),
                             slice_rows(parameter(kWpe), first_, config_.max_seq_len));
     use(1);
-    ops_->layernorm_forward(block_rows(0, "ln1"), block_rows(0, "ln1_mean"), block_rows(0, "ln1_rstd"), encoded,
-                            parameter(kLn1w, 0), parameter(kLn1b, 0));
+    if (options_.fp8) ops_->fill_zero(buffer("fp8_forward_amax"));
+    layernorm_forward(kLn1w, 0, encoded);
     for (int64_t l = 0; l < config_.num_layers; l++) forward_block(l);
   };
   if (sharded("parameters")) {
@@ -167,15 +175,13 @@ void GPT2::forward_block(int64_t l) {
     forward_attention(l);
     forward_attention_projection(l);
     forward_fc(l);
-    product_forward(kFcprojw, l, projected, block_rows(l, "fch_gelu"));
+    product_forward(kFcprojw, l, projected, activated(l));
   });
 
   const Tensor residual2 = block_rows(l, "residual2"), residual3 = block_rows(l, "residual3");
   use(next);
   if (l + 1 < config_.num_layers) {
-    ops_->residual_layernorm_forward(residual3, block_rows(l + 1, "ln1"), block_rows(l + 1, "ln1_mean"),
-                                     block_rows(l + 1, "ln1_rstd"), residual2, projected, parameter(kLn1w, l + 1),
-                                     parameter(kLn1b, l + 1));
+    layernorm_forward(kLn1w, l + 1, residual3, residual2, projected);
   } else {
     ops_->residual_layernorm_forward(residual3, rows("lnf"), rows("lnf_mean"), rows("lnf_rstd"), residual2, projected,
                                      parameter(kLnfw), parameter(kLnfb));
@@ -185,26 +191,30 @@ void GPT2::forward_block(int64_t l) {
 // The backward pass computes again with these what the level of recomputation says, so that it gets the same bits.
 
 void GPT2::forward_attention(int64_t l) {
-  product_forward(kQkvw, l, block_rows(l, "qkv"), block_rows(l, "ln1"));
+  product_forward(kQkvw, l, block_rows(l, "qkv"), normalised(l, "ln1"));
   ops_->attention_forward(block_sequence(l, "atty"), block_lse(l), block_sequence(l, "qkv"), config_.num_heads, first_);
 }
 
 void GPT2::forward_attention_projection(int64_t l) {
   const Tensor projected = rows("scratch_btc");
   product_forward(kAttprojw, l, projected, block_rows(l, "atty"));
-  ops_->residual_layernorm_forward(block_rows(l, "residual2"), block_rows(l, "ln2"), block_rows(l, "ln2_mean"),
-                                   block_rows(l, "ln2_rstd"), block_input(l), projected, parameter(kLn2w, l),
-                                   parameter(kLn2b, l));
+  layernorm_forward(kLn2w, l, block_rows(l, "residual2"), block_input(l), projected);
 }
 
 void GPT2::forward_fc(int64_t l) {
-  const Tensor fch = block_rows(l, "fch"), fch_gelu = block_rows(l, "fch_gelu"), ln2 = block_rows(l, "ln2");
+  const Tensor fch = block_rows(l, "fch"), ln2 = normalised(l, "ln2");
   if (options_.gelu_fusion >= 1) {
-    product_forward(kFcw, l, fch_gelu, ln2, fch);
+    product_forward(kFcw, l, activated(l), ln2, fch);
   } else {
     product_forward(kFcw, l, fch, ln2);
-    ops_->gelu_forward(fch_gelu, fch);
+    if (!in_fp8()) ops_->gelu_forward(activated(l), fch);
   }
+}
+
+// What the last product of a block takes: the output of the GELU, or in FP8, where it is computed on the way, its input.
+Tensor GPT2::activated(int64_t l) {
+  if (!options_.fp8) return block_rows(l, "fch_gelu");
+  return in_fp8() ? block_rows(l, "fch") : rows("scratch_bt4c");
 }
 
 // --- loss head ---------------------------------------------------------------------------------------------------------
@@ -293,6 +303,7 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
   LLMC_CHECK(accumulation_steps >= 1 && micro_step >= 0 && micro_step < accumulation_steps,
              "micro_step is %" PRId64 " of %" PRId64 " accumulation steps", micro_step, accumulation_steps);
   const int64_t N = b * t;
+  LLMC_CHECK(!options_.fp8 || in_fp8(), "fp8 needs a batch of a multiple of 16 tokens, not of %" PRId64, N);
   if (micro_step > 0) {
     LLMC_CHECK(micro_step == micro_steps_done_, "micro_step is %" PRId64 ", the next of this step is %" PRId64,
                micro_step, micro_steps_done_);
@@ -333,7 +344,11 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
     open_gradients(last_unit);
     repeat("loss head" + which, Arguments::Same, [&] {
       if (micro_step == 0) ops_->fill_zero(losses);
-      if (micro_step == 0 && options_.fp8) ops_->fill_zero(buffer("fp8_amax"));
+      if (options_.fp8) {
+        const Tensor amax = buffer("fp8_amax"), forward = buffer("fp8_forward_amax");
+        if (micro_step == 0) ops_->fill_zero(amax);
+        ops_->raise_amax(slice_elements(amax, 0, forward.numel()), forward);
+      }
       loss_head(losses, 1.0f / (float(N) * float(accumulation_steps)), true);
       if (last) ops_->sum(slice_elements(loss_sum, 0, 1), losses);
       ops_->fill_zero(dresidual);
@@ -377,43 +392,38 @@ void GPT2::backward(const int32_t* targets, int64_t b, int64_t t, int64_t micro_
 void GPT2::backward_block(int64_t l) {
   const Range range(*ops_, "backward of a block");
   const int r = options_.recompute;
-  const Tensor ln1 = block_rows(l, "ln1"), ln2 = block_rows(l, "ln2");
+  const Tensor ln1 = normalised(l, "ln1"), ln2 = normalised(l, "ln2");
   const Tensor residual = block_input(l), residual2 = block_rows(l, "residual2");
   const Tensor qkv = block_rows(l, "qkv"), atty = block_rows(l, "atty"), fch = block_rows(l, "fch");
-  const Tensor fch_gelu = block_rows(l, "fch_gelu");
   const Tensor dresidual = rows("dresidual"), dbtc = rows("scratch_btc"), dfch = rows("scratch_bt4c");
-  const auto layernorm1 = [&] {
-    ops_->layernorm_forward(ln1, block_rows(l, "ln1_mean"), block_rows(l, "ln1_rstd"), residual, parameter(kLn1w, l),
-                            parameter(kLn1b, l));
-  };
-
   // What was not kept: ln1 and ln2 share their memory.
   if (r >= 4) {
-    layernorm1();
+    layernorm_forward(kLn1w, l, residual);
     forward_attention(l);
   }
   if (r >= 3) forward_attention_projection(l);
   if (r >= 4) {
     forward_fc(l);
-  } else if (r >= 1) {
-    ops_->gelu_forward(fch_gelu, fch);
+  } else if (r >= 1 && !in_fp8()) {
+    ops_->gelu_forward(activated(l), fch);
   }
 
   // MLP
   const bool fused = options_.gelu_fusion >= 2;
-  product_backward(kFcprojw, l, dfch, dresidual, fch_gelu, fused ? fch : Tensor{});
-  if (!fused) ops_->gelu_backward(dfch, fch);
-  if (r == 2) {
-    ops_->layernorm_forward(ln2, block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), residual2, parameter(kLn2w, l),
-                            parameter(kLn2b, l));
+  product_backward(kFcprojw, l, dfch, dresidual, activated(l), fused ? fch : Tensor{});
+  if (!fused && !in_fp8()) ops_->gelu_backward(dfch, fch);
+  if (r == 2) layernorm_forward(kLn2w, l, residual2);
+  if (in_fp8()) {
+    fp8_backward(kFcw, l, dbtc, dfch, ln2, fch);
+  } else {
+    product_backward(kFcw, l, dbtc, dfch, ln2);
   }
-  product_backward(kFcw, l, dbtc, dfch, ln2);
   ops_->layernorm_backward(dresidual, gradient(kLn2w, l), gradient(kLn2b, l), dbtc, residual2, parameter(kLn2w, l),
                            block_rows(l, "ln2_mean"), block_rows(l, "ln2_rstd"), accumulate_);
 
   // Attention
   product_backward(kAttprojw, l, dbtc, dresidual, atty);
-  if (r >= 2) layernorm1();
+  if (r >= 2) layernorm_forward(kLn1w, l, residual);
   if (r == 3) product_forward(kQkvw, l, qkv, ln1);
   const Tensor dqkv = make_tensor(dfch.data, dfch.dtype, batch_ * seq_, 3 * config_.channels);
   ops_->attention_backward(shaped(dqkv), shaped(dbtc), shaped(atty), block_lse(l), shaped(qkv), config_.num_heads);

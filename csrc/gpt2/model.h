@@ -182,6 +182,7 @@ class GPT2 {
   Tensor rows(const Buffer& buffer);
   Tensor block_rows(int64_t layer, const char* name);
   Tensor block_lse(int64_t layer);
+  Tensor normalised(int64_t layer, const char* name);  // ln1 or ln2
   Tensor block_input(int64_t layer) { return layer == 0 ? rows("encoded") : block_rows(layer - 1, "residual3"); }
   Tensor shaped(Tensor rows) const;                        // (b·t, C) as (b, t, C)
   Tensor block_sequence(int64_t layer, const char* name);  // (b, t, last) of all positions, those before extend too
@@ -196,6 +197,7 @@ class GPT2 {
   void forward_attention(int64_t layer);             // from ln1
   void forward_attention_projection(int64_t layer);  // to ln2
   void forward_fc(int64_t layer);                    // to the GELU
+  Tensor activated(int64_t layer);
   void backward_block(int64_t layer);
   // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
   void loss_head(Tensor losses, float dloss, bool gradients);
@@ -218,20 +220,25 @@ class GPT2 {
   void write_parameters(const Seeds& seeds, float weight_decay, bool with_gradients, Write write);
 
   // --- products.cpp ---
-  // out = x·weightᵀ + bias; with pre, that is pre, and out its GELU.
+  // out = x·weightᵀ + bias; with pre, that is pre, and out its GELU. In FP8 there is no pre: the last product takes the
+  // GELU's input as x.
   void product_forward(ParameterKind weight, int64_t layer, Tensor out, Tensor x, Tensor pre = {});
   // From dout (b·t,OC) and the input x (b·t,IC): dx, with pre through the GELU whose input that is, and the gradients of
-  // weight (OC,IC) and bias.
+  // weight (OC,IC) and bias. x and pre as above.
   void product_backward(ParameterKind weight, int64_t layer, Tensor dx, Tensor dout, Tensor x, Tensor pre = {});
-  struct Fp8Tensor {
-    Tensor x;       // in bf16
-    DType dtype;    // to be converted to
-    int64_t index;  // of its scale
-  };
-  Fp8Tensor fp8_tensor(Fp8Role role, ParameterKind weight, int64_t layer, Tensor x);
-  bool in_fp8(const Tensor& x) const;  // whether the product of that input is
-  Fp8Matrix fp8_matrix(const Fp8Tensor& tensor, Tensor values);
-  void quantize(const Fp8Tensor& tensor, Tensor out, Tensor transposed, bool record);  // record: its largest value
+  // ln1 or ln2, by its weight, of residual, which with b is computed first: a + b.
+  void layernorm_forward(ParameterKind weight, int64_t layer, Tensor residual, Tensor a = {}, Tensor b = {});
+
+  bool in_fp8() const;  // whether the products of the present batch are
+  Tensor fp8_scale(Fp8Role role, ParameterKind weight, int64_t layer);
+  Tensor fp8_amax(const char* name, Fp8Role role, ParameterKind weight, int64_t layer);
+  // Calls work(out), before there are scales after that of the tensor itself is found.
+  void convert(const Fp8Out& out, DType format, const std::function<void(const Fp8Out&)>& work);
+  // In E4M3, as it lies or transposed, in memory of its size unless it is there already. x is the layernorm's output in
+  // E4M3, or in bf16 attention's, or what the GELU is computed of.
+  Fp8Matrix fp8_input(ParameterKind weight, int64_t layer, Tensor x, void* memory, bool transposed);
+  Fp8Matrix fp8_weight(ParameterKind weight, int64_t layer, void* memory, bool transposed);
+  // product_backward, but with pre dout goes through that GELU before.
   void fp8_backward(ParameterKind weight, int64_t layer, Tensor dx, Tensor dout, Tensor x, Tensor pre);
   void update_fp8_scales();
 

@@ -97,6 +97,7 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
 
   const int64_t B = options.batch_size, T = options.seq_len, C = config.channels, NH = config.num_heads;
   const DType X = options.precision, F32 = DType::F32, I32 = DType::I32;
+  const DType Q = options.fp8 ? DType::E4M3 : X;  // of products' inputs that nothing else takes
   const int r = options.recompute;
   const int64_t rows = classifier_rows(config, options);
 
@@ -152,18 +153,18 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
     std::vector<int64_t> shape;
     int shared_from;
   } block[] = {
-      {"ln1", X, {B, T, C}, 2},
+      {"ln1", Q, {B, T, C}, 2},
       {"ln1_mean", F32, {B, T}, 4},
       {"ln1_rstd", F32, {B, T}, 4},
       {"qkv", X, {B, T, 3 * C}, 3},
       {"atty", X, {B, T, C}, 4},
       {"lse", F32, {B, NH, T}, 4},
       {"residual2", X, {B, T, C}, 3},
-      {"ln2", X, {B, T, C}, 2},
+      {"ln2", Q, {B, T, C}, 2},
       {"ln2_mean", F32, {B, T}, 4},
       {"ln2_rstd", F32, {B, T}, 4},
       {"fch", X, {B, T, 4 * C}, 4},
-      {"fch_gelu", X, {B, T, 4 * C}, 1},
+      {"fch_gelu", Q, {B, T, 4 * C}, 1},  // in FP8 transposed
       {"residual3", X, {B, T, C}, kNever},
   };
   for (int64_t l = 0; l < config.num_layers; l++) {
@@ -173,8 +174,9 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   }
   for (const auto& tensor : block) {
     const std::string name = tensor.name;
-    const bool in_lnf = name == "ln1" || name == "ln2";  // which is theirs, too (block_buffer)
-    if (r >= tensor.shared_from && !in_lnf) activation(name, tensor.dtype, tensor.shape);
+    const bool in_lnf = name == "ln1" || name == "ln2";     // which is theirs, too (block_buffer)
+    const bool unused = options.fp8 && name == "fch_gelu";  // it is computed where it is converted
+    if (r >= tensor.shared_from && !in_lnf && !unused) activation(name, tensor.dtype, tensor.shape);
   }
   activation("lnf", X, {B, T, C});
   activation("lnf_mean", F32, {B, T});
@@ -186,12 +188,15 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   builder.overlay(Lifetime::Activations,
                   {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
   if (options.device.cuda) {
-    activation("workspace", F32, {divide_up(workspace::step(B, T, C, NH, options.cudnn_attention), int64_t(4))});
+    activation("workspace", F32,
+               {divide_up(workspace::step(B, T, C, NH, options.cudnn_attention, options.fp8), int64_t(4))});
   }
   if (options.fp8) {
     activation("fp8_operands", DType::E4M3, {fp8_operand_bytes(config, B * T)});
     activation("fp8_scales", F32, {fp8_tensors(config), 2});
     activation("fp8_amax", F32, {fp8_tensors(config)});
+    activation("fp8_forward_amax", F32, {first_fp8_weight(config)});  // of the inputs
+    activation("fp8_first_amax", F32, {1});
   }
   activation("loss_sum", F32, {1 + kNumVotes});  // and the votes, which are averaged with it
   for (const char* scalar : {"grad_sum_of_squares", "grad_norm", "grad_scale", "broken_parameters"})

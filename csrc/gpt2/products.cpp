@@ -18,37 +18,17 @@ Tensor matrix(void* data, DType dtype, const Tensor& x, bool transposed) {
 }  // namespace
 
 // cuBLASLt needs multiples of 16. A sample's few rows may have any number: then all is done as without FP8.
-bool GPT2::in_fp8(const Tensor& x) const { return options_.fp8 && x.rows() % 16 == 0; }
+bool GPT2::in_fp8() const { return options_.fp8 && batch_ * (seq_ - first_) % 16 == 0; }
 
-Fp8Matrix GPT2::fp8_matrix(const Fp8Tensor& tensor, Tensor values) {
-  const Tensor scale = slice_rows(buffer("fp8_scales"), tensor.index, tensor.index + 1);
-  return {values, slice_elements(scale, 1, 2)};
-}
-
-void GPT2::quantize(const Fp8Tensor& tensor, Tensor out, Tensor transposed, bool record) {
-  const Tensor scale = slice_rows(buffer("fp8_scales"), tensor.index, tensor.index + 1);
-  if (!fp8_scaled_) ops_->fp8_scale(scale, tensor.x, tensor.dtype);
-  const Tensor amax = record ? slice_elements(buffer("fp8_amax"), tensor.index, tensor.index + 1) : Tensor{};
-  ops_->quantize(out, transposed, amax, tensor.x, scale);
-}
-
-GPT2::Fp8Tensor GPT2::fp8_tensor(Fp8Role role, ParameterKind weight, int64_t layer, Tensor x) {
-  const int64_t index = llmc::fp8_tensor(config_, role, weight, layer);
-  return {x, role == kFp8Gradient ? DType::E5M2 : DType::E4M3, index};
-}
-
-// Passes without a backward pass, as validation's, leave the scales of the training alone: what is recorded for them is
-// recorded backward.
+// The largest values of inputs are recorded forward, where a pass without a backward pass, as validation's, must leave the
+// scales of the training alone: they count when backward follows.
 void GPT2::product_forward(ParameterKind weight, int64_t l, Tensor out, Tensor x, Tensor pre) {
   const Tensor w = parameter(weight, l), bias = parameter(bias_of(weight), l);
-  if (in_fp8(x)) {
+  if (in_fp8()) {
     char* memory = buffer("fp8_operands").as<char>();
-    const Fp8Tensor input = fp8_tensor(kFp8Input, weight, l, x), parameters = fp8_tensor(kFp8Weight, weight, l, w);
-    const Tensor x8 = matrix(memory, input.dtype, x, false);
-    const Tensor w8 = matrix(memory + x8.bytes(), parameters.dtype, w, false);
-    quantize(input, x8, Tensor{}, false);
-    quantize(parameters, w8, Tensor{}, false);
-    ops_->fp8_matmul_forward(out, pre, fp8_matrix(input, x8), fp8_matrix(parameters, w8), bias);
+    const Fp8Matrix input = fp8_input(weight, l, x, memory, false);
+    const Fp8Matrix parameters = fp8_weight(weight, l, memory + x.numel(), false);
+    ops_->fp8_matmul_forward(out, input, parameters, bias);
   } else if (pre) {
     ops_->matmul_gelu_forward(out, pre, x, w, bias);
   } else {
@@ -57,12 +37,11 @@ void GPT2::product_forward(ParameterKind weight, int64_t l, Tensor out, Tensor x
 }
 
 void GPT2::product_backward(ParameterKind weight, int64_t l, Tensor dx, Tensor dout, Tensor x, Tensor pre) {
-  const Tensor w = parameter(weight, l), dw = gradient(weight, l), dbias = gradient(bias_of(weight), l);
-  if (in_fp8(x)) {
-    fp8_backward(weight, l, dx, dout, x, pre);
-    ops_->bias_backward(dbias, dout, accumulate_);  // cuBLASLt has none of FP8
+  if (in_fp8()) {
+    fp8_backward(weight, l, dx, dout, x, Tensor{});
     return;
   }
+  const Tensor w = parameter(weight, l), dw = gradient(weight, l), dbias = gradient(bias_of(weight), l);
   if (pre) {
     ops_->matmul_gelu_backward_input(dx, dout, w, pre);
   } else {
@@ -76,24 +55,92 @@ void GPT2::product_backward(ParameterKind weight, int64_t l, Tensor dx, Tensor d
   }
 }
 
+// --- FP8 ---------------------------------------------------------------------------------------------------------------
+
+Tensor GPT2::fp8_scale(Fp8Role role, ParameterKind weight, int64_t l) {
+  const int64_t index = fp8_tensor(config_, role, weight, l);
+  return slice_rows(buffer("fp8_scales"), index, index + 1);
+}
+
+Tensor GPT2::fp8_amax(const char* name, Fp8Role role, ParameterKind weight, int64_t l) {
+  const int64_t index = fp8_tensor(config_, role, weight, l);
+  return slice_elements(buffer(name), index, index + 1);
+}
+
+void GPT2::convert(const Fp8Out& out, DType format, const std::function<void(const Fp8Out&)>& work) {
+  if (!fp8_scaled_) {
+    const Tensor own = buffer("fp8_first_amax");
+    ops_->fill_zero(own);
+    work({Tensor{}, Tensor{}, own, Tensor{}});
+    ops_->fp8_scale(out.scale, own, format);
+  }
+  work(out);
+}
+
+void GPT2::layernorm_forward(ParameterKind weight, int64_t l, Tensor residual, Tensor a, Tensor b) {
+  const bool first = weight == kLn1w;
+  const Tensor out = normalised(l, first ? "ln1" : "ln2");
+  const Tensor mean = block_rows(l, first ? "ln1_mean" : "ln2_mean"),
+               rstd = block_rows(l, first ? "ln1_rstd" : "ln2_rstd");
+  const Tensor w = parameter(weight, l), bias = parameter(bias_of(weight), l);
+  if (in_fp8()) {
+    const ParameterKind product = first ? kQkvw : kFcw;
+    const Tensor amax = fp8_amax("fp8_forward_amax", kFp8Input, product, l), scale = fp8_scale(kFp8Input, product, l);
+    convert({out, Tensor{}, amax, scale}, DType::E4M3, [&](const Fp8Out& to) {
+      ops_->fp8_layernorm_forward(to, b ? residual : Tensor{}, mean, rstd, b ? a : residual, b, w, bias);
+    });
+  } else if (b) {
+    ops_->residual_layernorm_forward(residual, out, mean, rstd, a, b, w, bias);
+  } else {
+    ops_->layernorm_forward(out, mean, rstd, residual, w, bias);
+  }
+}
+
+Fp8Matrix GPT2::fp8_input(ParameterKind weight, int64_t l, Tensor x, void* memory, bool transposed) {
+  const Tensor scale = fp8_scale(kFp8Input, weight, l), unscale = slice_elements(scale, 1, 2);
+  if (x.dtype == DType::E4M3) {
+    if (!transposed) return {x, unscale};
+    const Tensor out = matrix(memory, x.dtype, x, true);
+    ops_->fp8_transpose(out, x);
+    return {out, unscale};
+  }
+  const bool gelu = weight == kFcprojw;
+  Tensor kept;  // for the backward pass, while x is read anyway
+  if (gelu && options_.recompute == 0)
+    kept = matrix(buffer("h" + std::to_string(l) + ".fch_gelu").data, DType::E4M3, x, true);
+  if (kept && transposed) return {kept, unscale};
+
+  const Tensor values = matrix(memory, DType::E4M3, x, transposed);
+  const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, Tensor{}, scale}
+                                : Fp8Out{values, kept, fp8_amax("fp8_forward_amax", kFp8Input, weight, l), scale};
+  convert(out, DType::E4M3, [&](const Fp8Out& to) { gelu ? ops_->quantize_gelu(to, x) : ops_->quantize(to, x); });
+  return {values, unscale};
+}
+
+Fp8Matrix GPT2::fp8_weight(ParameterKind weight, int64_t l, void* memory, bool transposed) {
+  const Tensor w = parameter(weight, l), scale = fp8_scale(kFp8Weight, weight, l);
+  const Tensor values = matrix(memory, DType::E4M3, w, transposed);
+  const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, fp8_amax("fp8_amax", kFp8Weight, weight, l), scale}
+                                : Fp8Out{values, Tensor{}, Tensor{}, scale};
+  convert(out, DType::E4M3, [&](const Fp8Out& to) { ops_->quantize(to, w); });
+  return {values, slice_elements(scale, 1, 2)};
+}
+
 // cuBLASLt multiplies rows with rows, so that what the sums run over must lie along them: hence the transposes.
 void GPT2::fp8_backward(ParameterKind weight, int64_t l, Tensor dx, Tensor dout, Tensor x, Tensor pre) {
-  const Tensor w = parameter(weight, l);
-  const Fp8Tensor gradients = fp8_tensor(kFp8Gradient, weight, l, dout);
-  const Fp8Tensor input = fp8_tensor(kFp8Input, weight, l, x), parameters = fp8_tensor(kFp8Weight, weight, l, w);
   char* memory = buffer("fp8_operands").as<char>();
-  const Tensor dout8 = matrix(memory, gradients.dtype, dout, false);
-  const Tensor dout8_transposed = matrix(memory + dout8.bytes(), gradients.dtype, dout, true);
-  char* last = memory + 2 * dout8.bytes();
-  const Tensor w8_transposed = matrix(last, parameters.dtype, w, true);
-  const Tensor x8_transposed = matrix(last, input.dtype, x, true);  // when that of the weight is no longer needed
-
-  quantize(gradients, dout8, dout8_transposed, true);
-  quantize(parameters, Tensor{}, w8_transposed, true);
-  ops_->fp8_matmul_backward(dx, pre, fp8_matrix(gradients, dout8), fp8_matrix(parameters, w8_transposed), false);
-  quantize(input, Tensor{}, x8_transposed, true);
-  ops_->fp8_matmul_backward(gradient(weight, l), Tensor{}, fp8_matrix(gradients, dout8_transposed),
-                            fp8_matrix(input, x8_transposed), accumulate_);
+  const Tensor values = matrix(memory, DType::E5M2, dout, false);
+  const Tensor transposed = matrix(memory + values.bytes(), DType::E5M2, dout, true);
+  char* last = memory + 2 * values.bytes();  // the weight transposed, and then the input
+  const Tensor scale = fp8_scale(kFp8Gradient, weight, l), unscale = slice_elements(scale, 1, 2);
+  convert({values, transposed, fp8_amax("fp8_amax", kFp8Gradient, weight, l), scale}, DType::E5M2,
+          [&](const Fp8Out& to) {
+            const Tensor dbias = to.values ? gradient(bias_of(weight), l) : Tensor{};
+            ops_->quantize_gradient(to, dbias, dout, pre, accumulate_);
+          });
+  ops_->fp8_matmul_backward(dx, {values, unscale}, fp8_weight(weight, l, last, true), false);
+  ops_->fp8_matmul_backward(gradient(weight, l), {transposed, unscale}, fp8_input(weight, l, x, last, true),
+                            accumulate_);
 }
 
 // --- scales ------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,16 @@ void Ops::choose_algorithms(const Algorithms&, bool) {}
 Algorithms Ops::algorithms() const { return {}; }
 void Ops::repeat(const std::string&, Arguments, const std::function<void()>& work) { work(); }
 
-void Ops::quantize(Tensor, Tensor, Tensor, Tensor, Tensor) { no_fp8(); }
+void Ops::quantize(const Fp8Out&, Tensor) { no_fp8(); }
+void Ops::quantize_gelu(const Fp8Out&, Tensor) { no_fp8(); }
+void Ops::quantize_gradient(const Fp8Out&, Tensor, Tensor, Tensor, bool) { no_fp8(); }
+void Ops::fp8_layernorm_forward(const Fp8Out&, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) { no_fp8(); }
+void Ops::fp8_transpose(Tensor, Tensor) { no_fp8(); }
 void Ops::fp8_scale(Tensor, Tensor, DType) { no_fp8(); }
+void Ops::raise_amax(Tensor, Tensor) { no_fp8(); }
 void Ops::update_fp8_scales(Tensor, Tensor, Tensor, Tensor, int64_t) { no_fp8(); }
-void Ops::fp8_matmul_forward(Tensor, Tensor, Fp8Matrix, Fp8Matrix, Tensor) { no_fp8(); }
-void Ops::fp8_matmul_backward(Tensor, Tensor, Fp8Matrix, Fp8Matrix, bool) { no_fp8(); }
+void Ops::fp8_matmul_forward(Tensor, Fp8Matrix, Fp8Matrix, Tensor) { no_fp8(); }
+void Ops::fp8_matmul_backward(Tensor, Fp8Matrix, Fp8Matrix, bool) { no_fp8(); }
 void Ops::no_fp8() const { LLMC_CHECK(false, "%s has no FP8", name()); }
 
 void Ops::begin_range(const char*) {}

@@ -51,6 +51,15 @@ struct Fp8Matrix {
   Tensor unscale;  // f32 (1)
 };
 
+// Where a tensor (N,C) goes in FP8: x·scale, rounded to nearest, and beyond the largest number of the format to that; what
+// is not finite becomes NaN. What is absent is not written.
+struct Fp8Out {
+  Tensor values;      // E4M3 or E5M2 (N,C)
+  Tensor transposed;  // the same (C,N)
+  Tensor amax;        // f32 (1) = max(amax, |x|), where infinity and NaN count as larger than all numbers
+  Tensor scale;  // f32 (2): a power of two, by which a product loses nothing, and its inverse; absent for amax alone
+};
+
 // A place in host memory from Ops::allocate_host and the same number of bytes on the device.
 struct HostCopy {
   Tensor device;
@@ -179,30 +188,46 @@ class Ops {
   virtual void matmul_bias_backward_weight(Tensor dweight, Tensor dbias, Tensor dout, Tensor x, bool accumulate) = 0;
 
   // --- FP8 (Micikevicius et al. 2022), on GPUs of compute capability 8.9 and newer; all sizes are multiples of 16 -------
-  // out = x·scale, rounded to nearest, and beyond the largest number of the format to that; what is not finite becomes
-  // NaN. transposed = outᵀ; amax = max(amax, |x|), where infinity and NaN count as larger than all numbers
-  //   x BF16 (N,C); out E4M3 or E5M2 (N,C) or absent; transposed the same (C,N) or absent; one of the two is there
-  //   amax f32 (1) or absent; scale f32 (2): a power of two, by which a product loses nothing, and its inverse
-  virtual void quantize(Tensor out, Tensor transposed, Tensor amax, Tensor x, Tensor scale);
-
-  // scale = the largest for which no number of x is beyond the format's; 1 if all of x is 0, or something not finite
   //   x BF16 (N,C)
-  virtual void fp8_scale(Tensor scale, Tensor x, DType format);
+  virtual void quantize(const Fp8Out& out, Tensor x);
+
+  // gelu(pre), in E4M3
+  //   pre BF16 (N,C)
+  virtual void quantize_gelu(const Fp8Out& out, Tensor pre);
+
+  // x = dout, or with pre: dout·gelu'(pre), in E5M2; dbias +=? Σ_N x
+  //   dout, pre BF16 (N,OC), pre may be absent; dbias G (OC), or absent
+  virtual void quantize_gradient(const Fp8Out& out, Tensor dbias, Tensor dout, Tensor pre, bool accumulate);
+
+  // residual_layernorm_forward to E4M3, or without b and residual layernorm_forward of a
+  //   residual, a, b BF16 (N,C); mean, rstd f32 (N); weight, bias BF16 (C)
+  virtual void fp8_layernorm_forward(const Fp8Out& out, Tensor residual, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                     Tensor weight, Tensor bias);
+
+  // out = xᵀ
+  //   out E4M3 or E5M2 (C,N); x the same (N,C)
+  virtual void fp8_transpose(Tensor out, Tensor x);
+
+  // scale = the largest by which amax is not beyond the format's numbers, and its inverse; 1 if amax is 0 or not finite
+  //   scale f32 (2); amax f32 (1)
+  virtual void fp8_scale(Tensor scale, Tensor amax, DType format);
+
+  // amax = max(amax, other), as Fp8Out has it
+  //   f32 (n)
+  virtual void raise_amax(Tensor amax, Tensor other);
 
   // Delayed scaling: amax takes the place of the oldest in the history, which is first, unless it or grad_scale is not
   // finite; then scale = that of a tensor with the largest of the history. Of n tensors, from first_e5m2 on E5M2.
   //   scales f32 (n,2); history f32 (n,window); amax f32 (n), grad_scale f32 (1), or both absent: the history stays
   virtual void update_fp8_scales(Tensor scales, Tensor history, Tensor amax, Tensor grad_scale, int64_t first_e5m2);
 
-  // As matmul_forward, or with pre as matmul_gelu_forward. The sums may be rounded to fewer bits than fp32 has (cuBLASLt's
-  // "fast accumulation").
-  //   out X (N,OC); pre X (N,OC) or absent; bias X (OC)
-  virtual void fp8_matmul_forward(Tensor out, Tensor pre, Fp8Matrix x, Fp8Matrix weight, Tensor bias);
+  // As matmul_forward. The sums may be rounded to fewer bits than fp32 has (cuBLASLt's "fast accumulation").
+  //   out X (N,OC); bias X (OC)
+  virtual void fp8_matmul_forward(Tensor out, Fp8Matrix x, Fp8Matrix weight, Tensor bias);
 
-  // out (=, +=) a·bᵀ; with pre: out = (a·bᵀ)·gelu'(pre). The input's gradient from dout and weightᵀ, or the weight's from
-  // doutᵀ and xᵀ.
-  //   out X or G (N,M); a (N,K), b (M,K), one of them E4M3; pre X (N,M) or absent
-  virtual void fp8_matmul_backward(Tensor out, Tensor pre, Fp8Matrix a, Fp8Matrix b, bool accumulate);
+  // out (=, +=) a·bᵀ: the input's gradient from dout and weightᵀ, or the weight's from doutᵀ and xᵀ.
+  //   out X or G (N,M); a (N,K), b (M,K), one of them E4M3
+  virtual void fp8_matmul_backward(Tensor out, Fp8Matrix a, Fp8Matrix b, bool accumulate);
 
   // --- GELU, tanh form (Hendrycks and Gimpel 2016) ------------------------------------------------------------------
   // out = 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))

@@ -23,6 +23,10 @@ inline int64_t bias_backward(int64_t N, int64_t OC) { return groups(N, OC) * OC 
 // cuBLASLt's, and behind it the bias's gradient before it is added.
 inline int64_t matmul_bias_backward_weight(int64_t OC) { return kCublas + OC * 4; }
 
+// Of a gradient that is converted to FP8: every row of tiles has its own sums.
+constexpr int kFp8TileRows = 64;
+inline int64_t quantize_gradient(int64_t N, int64_t OC) { return (N + kFp8TileRows - 1) / kFp8TileRows * OC * 4; }
+
 // Blocks of the reductions of whole buffers to one number, a block's number of threads at most.
 constexpr int64_t kReduceBlocks = 1024;
 inline int64_t reduce() { return kReduceBlocks * 4; }
@@ -38,9 +42,10 @@ inline int64_t cudnn_attention(int64_t B, int64_t NH, int64_t T) {
 }
 
 // What the step of a model with batches (B,T) needs.
-inline int64_t step(int64_t B, int64_t T, int64_t C, int64_t NH, bool cudnn) {
+inline int64_t step(int64_t B, int64_t T, int64_t C, int64_t NH, bool cudnn, bool fp8) {
   return std::max({matmul_bias_backward_weight(4 * C), layernorm_backward(B * T, C), bias_backward(B * T, 4 * C),
-                   reduce(), cudnn ? cudnn_attention(B, NH, T) : attention_backward(B, NH, T)});
+                   reduce(), cudnn ? cudnn_attention(B, NH, T) : attention_backward(B, NH, T),
+                   fp8 ? quantize_gradient(B * T, 4 * C) : 0});
 }
 
 }  // namespace llmc::workspace
