@@ -82,9 +82,9 @@ def product(what: str, M: int, N: int, K: int, moved: float, fp8: bool = False) 
     return Kernel("matrix products", what, CUBLAS, moved, flops, flops, (M, N, K), fp8=fp8)
 
 
-def conversion(what: str, values: int, copies: int = 1) -> Kernel:
-    """From bf16 to FP8, as the tensor lies, transposed or both."""
-    return Kernel("FP8", f"{what}, to FP8", "quantize_kernel*", (2 + copies) * values)
+def conversion(what: str, values: int, copies: int = 1, sources: int = 1) -> Kernel:
+    """To FP8, as the tensor lies, transposed or both, of what is computed on the way from one or two tensors in bf16."""
+    return Kernel("FP8", f"{what}, to FP8", "quantize_kernel*", (2 * sources + copies) * values)
 
 
 def again(kernel: Kernel) -> Kernel:
@@ -118,6 +118,7 @@ class Step:
         self.has_master = options.precision == "bf16" and options.master_weights
         self.model_flops_per_token = 6 * config.num_parameters + 6 * self.L * self.C * self.T
         self.residual = self.x * self.N * self.C
+        self.normalised = self.N * self.C * self.factor  # bytes of ln1 and ln2
         units = _C.parameter_units(config, world_size)
         self.unit_sizes = [size for _, size, _ in units]
         self.last_unit = len(units) - 1
@@ -186,28 +187,31 @@ class Step:
         moved = self.residual + self.x * self.C * (rows + self.T)
         yield Kernel("embedding", "embedding forward", "embedding_forward_kernel*", moved)
         yield from self.use(1)
+        if self.fp8_tensors:
+            yield memset("largest inputs for FP8", 4 * self.fp8_tensors / 3)
         yield self.layernorm()
         for layer in range(self.L):
             yield from self.gather(layer + 2)
             yield from self.forward_block()
             yield from self.use(layer + 2)
-            yield self.residual_layernorm()
+            yield self.residual_layernorm(last=layer == self.L - 1)
 
     def forward_block(self) -> list[Kernel]:
         """Without the layernorm behind it, which waits for the next block's parameters."""
-        last = self.product_forward("fc projection", self.C, 4 * self.C)
+        last = self.product_forward("fc projection", self.C, 4 * self.C, gelu=True)
         return [*self.forward_attention(), *self.forward_attention_projection(), *self.forward_fc(), *last]
 
     def forward_attention(self) -> list[Kernel]:
-        return [*self.product_forward("qkv", 3 * self.C, self.C), self.attention_forward()]
+        return [*self.product_forward("qkv", 3 * self.C, self.C, normalised=True), self.attention_forward()]
 
     def forward_attention_projection(self) -> list[Kernel]:
         return [*self.product_forward("attention projection", self.C, self.C), self.residual_layernorm()]
 
     def forward_fc(self) -> list[Kernel]:
         fused = self.options.gelu_fusion >= 1
-        fc = self.product_forward("fc", 4 * self.C, self.C, extra=4 * self.residual if fused else 0)
-        return fc if fused else [*fc, self.gelu_forward()]
+        extra = 4 * self.residual if fused else 0
+        fc = self.product_forward("fc", 4 * self.C, self.C, extra, normalised=True)
+        return fc if fused or self.options.fp8 else [*fc, self.gelu_forward()]
 
     def backward(self, micro_step: int) -> Iterator[Event]:
         last_micro_step = micro_step == self.accumulation_steps - 1
@@ -218,8 +222,10 @@ class Step:
         yield from self.open_gradients(self.last_unit)
         if micro_step == 0:
             yield memset("losses", 4 * self.N)
-        if micro_step == 0 and self.fp8_tensors:
-            yield memset("largest values for FP8", 4 * self.fp8_tensors)
+        if self.fp8_tensors:
+            if micro_step == 0:
+                yield memset("largest values for FP8", 4 * self.fp8_tensors)
+            yield Kernel("FP8", "largest inputs", "raise_kernel*", 4 * self.fp8_tensors)
         yield from self.loss_head(accumulate)
         if last_micro_step:
             yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
@@ -246,23 +252,24 @@ class Step:
         return micro_step > 0 and self.stage < 2
 
     def backward_block(self, accumulate: bool) -> list[Kernel]:
-        C, r = self.C, self.options.recompute
+        C, r, fp8 = self.C, self.options.recompute, self.options.fp8
         kernels = self.recomputed_first()
         fused = self.options.gelu_fusion >= 2
-        kernels += self.product_backward("fc projection", C, 4 * C, accumulate, 4 * self.residual if fused else 0)
-        if not fused:
+        extra = 4 * self.residual if fused else 0
+        kernels += self.product_backward("fc projection", C, 4 * C, accumulate, extra, gelu=True)
+        if not fused and not fp8:
             kernels.append(Kernel("GELU", "GELU backward", "gelu_backward_kernel*", 12 * self.residual))
         if r == 2:
             kernels.append(self.layernorm())
-        kernels += self.product_backward("fc", 4 * C, C, accumulate)
+        kernels += self.product_backward("fc", 4 * C, C, accumulate, normalised=True, through_gelu=True)
         kernels += self.layernorm_backward(accumulate)
         kernels += self.product_backward("attention projection", C, C, accumulate)
         if r >= 2:
             kernels.append(self.layernorm())
         if r == 3:
-            kernels += map(again, self.product_forward("qkv", 3 * C, C))
+            kernels += map(again, self.product_forward("qkv", 3 * C, C, normalised=True))
         kernels += self.attention_backward()
-        kernels += self.product_backward("qkv", 3 * C, C, accumulate)
+        kernels += self.product_backward("qkv", 3 * C, C, accumulate, normalised=True)
         kernels += self.layernorm_backward(accumulate)
         return kernels
 
@@ -274,7 +281,7 @@ class Step:
             kernels += self.forward_attention_projection()
         if r >= 4:
             kernels += self.forward_fc()
-        elif r >= 1:
+        elif r >= 1 and not self.options.fp8:
             kernels.append(self.gelu_forward())
         return [again(kernel) for kernel in kernels]
 
@@ -311,34 +318,58 @@ class Step:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def product_forward(self, what: str, OC: int, IC: int, extra: float = 0) -> list[Kernel]:
+    def product_forward(
+        self, what: str, OC: int, IC: int, extra: float = 0, *, normalised: bool = False, gelu: bool = False
+    ) -> list[Kernel]:
+        """Of a layernorm, which is in FP8 already, or of the GELU, which in FP8 is computed on the way."""
         N, fp8 = self.N, self.options.fp8
         moved = self.factor * (N * IC + OC * IC) + self.x * N * OC + extra
         forward = product(what, N, OC, IC, moved, fp8)
         if not fp8:
             return [forward]
-        return [conversion(f"{what}, input", N * IC), conversion(f"{what}, weight", OC * IC), forward]
+        copies = 2 if self.options.recompute == 0 else 1  # one is kept
+        x = [] if normalised else [conversion(f"{what}, {'GELU' if gelu else 'input'}", N * IC, copies)]
+        return [*x, conversion(f"{what}, weight", OC * IC), forward]
 
-    def product_backward(self, what: str, OC: int, IC: int, accumulate: bool, extra: float = 0) -> list[Kernel]:
+    def product_backward(
+        self,
+        what: str,
+        OC: int,
+        IC: int,
+        accumulate: bool,
+        extra: float = 0,
+        *,
+        normalised: bool = False,
+        gelu: bool = False,
+        through_gelu: bool = False,
+    ) -> list[Kernel]:
+        """normalised, gelu: of the input, as forward. through_gelu: in FP8, of the gradient."""
         N, fp8 = self.N, self.options.fp8
         moved = self.factor * (N * OC + OC * IC) + self.x * N * IC + extra
         dx = product(f"{what}, input gradient", N, IC, OC, moved, fp8)
-        parameters = self.parameters_backward(what, OC, IC, accumulate)
         if not fp8:
-            return [dx, *parameters]
-        dout = conversion(f"{what}, gradient twice", N * OC, copies=2)
-        weight, x = conversion(f"{what}, weight", OC * IC), conversion(f"{what}, input", N * IC)
-        return [dout, weight, dx, x, *parameters]
+            return [dx, *self.parameters_backward(what, OC, IC, accumulate)]
+        passes = 2 if accumulate else 1  # over the gradient
+        dout = conversion(f"{what}, gradient twice", N * OC, copies=2, sources=2 if through_gelu else 1)
+        bias = Kernel("bias gradients", "sum of the tiles' rows", "add_groups_kernel*", passes * self.g * OC)
+        weight = conversion(f"{what}, weight", OC * IC)
+        x = [conversion(f"{what}, {'GELU' if gelu else 'input'}", N * IC)]
+        if normalised:
+            x = [Kernel("FP8", f"{what}, input transposed", "transpose_kernel*", 2 * N * IC)]
+        elif self.options.recompute == 0:
+            x = []
+        moved = N * (OC + IC) + passes * self.g * OC * IC
+        return [dout, bias, weight, dx, *x, product(f"{what}, weight gradient", OC, IC, N, moved, fp8)]
 
     def parameters_backward(self, what: str, OC: int, IC: int, accumulate: bool) -> list[Kernel]:
         passes = 2 if accumulate else 1  # over the gradient
-        moved = self.factor * self.N * (OC + IC) + passes * self.g * OC * IC
-        if self.options.bias_fusion and not self.options.fp8:
+        moved = self.x * self.N * (OC + IC) + passes * self.g * OC * IC
+        if self.options.bias_fusion:
             both = product(f"{what}, gradients of weight and bias", OC, IC, self.N, moved + self.g * OC)
             adds = Kernel("bias gradients", "sum of the micro-steps", "accumulate_kernel*", 3 * self.g * OC)
             return [both, adds] if accumulate else [both]
         return [
-            product(f"{what}, weight gradient", OC, IC, self.N, moved, self.options.fp8),
+            product(f"{what}, weight gradient", OC, IC, self.N, moved),
             Kernel("bias gradients", "bias gradient", "bias_partials_kernel*", self.x * self.N * OC),
             Kernel("bias gradients", "sum of the rows' groups", "add_groups_kernel*", passes * self.g * OC),
         ]
@@ -347,10 +378,12 @@ class Step:
         return Kernel("GELU", "GELU forward", "gelu_forward_kernel*", 8 * self.residual)
 
     def layernorm(self) -> Kernel:
-        return Kernel("layernorm", "layernorm", "layernorm_forward_kernel<*false>", 2 * self.residual)
+        moved = self.residual + self.normalised
+        return Kernel("layernorm", "layernorm", "layernorm_forward_kernel<*false>", moved)
 
-    def residual_layernorm(self) -> Kernel:
-        return Kernel("layernorm", "residual + layernorm", "layernorm_forward_kernel<*true>", 4 * self.residual)
+    def residual_layernorm(self, last: bool = False) -> Kernel:
+        moved = 3 * self.residual + (self.residual if last else self.normalised)
+        return Kernel("layernorm", "residual + layernorm", "layernorm_forward_kernel<*true>", moved)
 
     def layernorm_backward(self, accumulate: bool) -> list[Kernel]:
         vectors = self.C * self.x / 16  # of 128 bits, one per thread

@@ -136,7 +136,7 @@ def own_step(run: Own) -> Step:
         seq_len=run.T,
         precision="bf16",
         recompute=0,
-        gelu_fusion=2 if GPUS[run.gpu].fuses_gelu else 0,
+        gelu_fusion=2 if GPUS[run.gpu].fuses_gelu and not run.fp8 else 0,
         bias_fusion=True,
         cudnn_attention=run.cudnn,
         fp8=run.fp8,

@@ -39,8 +39,8 @@ STEPS = [
         for P, A in ((1, 3), (2, 1), (3, 4))
     ),
     *(
-        {"descriptor": TINY, "B": 2, "T": 16, "fp8": True, "recompute": r, "gelu_fusion": ge, "accumulation_steps": A}
-        for r, ge, A in ((0, 0, 1), (1, 2, 3), (2, 1, 2), (3, 2, 1), (4, 0, 2))
+        {"descriptor": TINY, "B": 2, "T": 16, "fp8": True, "recompute": r, "accumulation_steps": A}
+        for r, A in ((0, 1), (1, 3), (2, 2), (3, 1), (4, 2))
     ),
     {"descriptor": TINY, "B": 2, "T": 16, "fp8": True, "zero_stage": 2, "world_size": 2, "grad_dtype": "fp32"},
     {"descriptor": TINY, "B": 2, "T": 16, "accumulation_steps": 3, "bias_fusion": False},
@@ -168,16 +168,21 @@ def test_bytes_and_flops_by_hand():
 
 
 def test_conversions_to_fp8_by_hand():
-    """Forward x and weight (OC,IC), backward both transposed and the result's gradient twice: two bytes of a value are
-    read, one is written each time. Then they are the products' factors."""
+    """Two bytes of a value of bf16 are read, one is written as it lies and one transposed. Weights: once forward and once
+    backward. Forward, layernorms write ln1 and ln2 themselves; attention's output goes both ways, and so does the GELU of
+    fch. Backward, ln1 and ln2 are transposed; gradients go both ways, that of the GELU's input with it."""
     config = _C.GPT2Config(max_seq_len=1024, num_layers=12, num_heads=12, channels=768)
     options = _C.Options(batch_size=64, seq_len=1024, precision="bf16", device="cuda", recompute=0, fp8=True)
-    moved, products = 0, Counter()
+    moved, products = Counter(), Counter()
     for kernel, count in Step(config, options).launches().items():
-        moved += kernel.bytes * count * (kernel.name == "quantize_kernel*")
+        moved[kernel.name] += kernel.bytes * count
         products[kernel.fp8] += kernel.bytes * count * (kernel.name == "cuBLASLt" and "logits" not in kernel.what)
-    N, shapes = 65536, ((2304, 768), (768, 768), (3072, 768), (768, 3072))
-    assert moved == 12 * sum(2 * 3 * (N * IC + OC * IC) + 4 * N * OC for OC, IC in shapes)
+    N, C, weights = 65536, 768, 12 * 768**2
+    shapes = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+    inputs, gradients = 4 * N * C + 4 * N * 4 * C, 4 * N * (3 + 1 + 1) * C + 6 * N * 4 * C
+    assert moved["quantize_kernel*"] == 12 * (2 * 3 * weights + inputs + gradients)
+    assert moved["transpose_kernel*"] == 12 * 2 * 2 * N * C
+    assert moved["layernorm_forward_kernel<*true>"] == 23 * 7 * N * C + 8 * N * C  # the last one's output is in bf16
     sums = sum(2 * (N * (IC + OC) + OC * IC) for OC, IC in shapes)  # results in bf16: out, dx and dweight
     assert products == {True: 12 * (sums + sum(2 * (N * (IC + OC) + OC * IC) for OC, IC in shapes)), False: 0}
 

@@ -104,7 +104,7 @@ __device__ void normalise(Out& out, int64_t first, float* mean_out, float* rstd_
 //
 // kResidual: residual = a + b is normalised. Otherwise a is, and residual and b are not used.
 // kKeep: the block has shared memory for its rows.
-template <typename X, int kRowThreads, bool kKeep, bool kResidual, typename Out>
+template <typename X, typename Out, int kRowThreads, bool kKeep, bool kResidual>
 __global__ void __launch_bounds__(kThreads)
     layernorm_forward_kernel(Out out, float* mean, float* rstd, X* residual, const X* a, const X* b, const X* weight,
                              const X* bias, int64_t N, int C) {
@@ -142,13 +142,13 @@ void forward(Out out, float* mean, float* rstd, X* residual, const X* a, const X
   const size_t row_bytes = size_t(C) * sizeof(X);
   if (row_bytes <= kWarpRowBytes) {
     constexpr int kRows = kThreads / kWarp;
-    launch(layernorm_forward_kernel<X, kWarp, true, kResidual, Out>, blocks_for(N, kRows), kThreads, kRows * row_bytes,
+    launch(layernorm_forward_kernel<X, Out, kWarp, true, kResidual>, blocks_for(N, kRows), kThreads, kRows * row_bytes,
            stream, out, mean, rstd, residual, a, b, weight, bias, N, int(C));
   } else if (row_bytes <= kSharedRowBytes) {
-    launch(layernorm_forward_kernel<X, kThreads, true, kResidual, Out>, unsigned(N), kThreads, row_bytes, stream, out,
+    launch(layernorm_forward_kernel<X, Out, kThreads, true, kResidual>, unsigned(N), kThreads, row_bytes, stream, out,
            mean, rstd, residual, a, b, weight, bias, N, int(C));
   } else {
-    launch(layernorm_forward_kernel<X, kThreads, false, kResidual, Out>, unsigned(N), kThreads, 0, stream, out, mean,
+    launch(layernorm_forward_kernel<X, Out, kThreads, false, kResidual>, unsigned(N), kThreads, 0, stream, out, mean,
            rstd, residual, a, b, weight, bias, N, int(C));
   }
 }

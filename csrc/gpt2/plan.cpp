@@ -147,36 +147,34 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   activation("encoded", X, {B, T, C});
   // What blocks compute, and the level of recomputation from which on one buffer serves all of them.
   constexpr int kNever = 5;
-  const struct {
-    const char* name;
+  struct BlockTensor {
+    std::string name;
     DType dtype;
     std::vector<int64_t> shape;
     int shared_from;
-  } block[] = {
-      {"ln1", Q, {B, T, C}, 2},
-      {"ln1_mean", F32, {B, T}, 4},
-      {"ln1_rstd", F32, {B, T}, 4},
-      {"qkv", X, {B, T, 3 * C}, 3},
-      {"atty", X, {B, T, C}, 4},
-      {"lse", F32, {B, NH, T}, 4},
-      {"residual2", X, {B, T, C}, 3},
-      {"ln2", Q, {B, T, C}, 2},
-      {"ln2_mean", F32, {B, T}, 4},
-      {"ln2_rstd", F32, {B, T}, 4},
-      {"fch", X, {B, T, 4 * C}, 4},
-      {"fch_gelu", Q, {B, T, 4 * C}, 1},  // in FP8 transposed
-      {"residual3", X, {B, T, C}, kNever},
   };
+  std::vector<BlockTensor> block = {
+      {"ln1", Q, {B, T, C}, 2},       {"ln1_mean", F32, {B, T}, 4}, {"ln1_rstd", F32, {B, T}, 4},
+      {"qkv", X, {B, T, 3 * C}, 3},   {"atty", X, {B, T, C}, 4},    {"lse", F32, {B, NH, T}, 4},
+      {"residual2", X, {B, T, C}, 3}, {"ln2", Q, {B, T, C}, 2},     {"ln2_mean", F32, {B, T}, 4},
+      {"ln2_rstd", F32, {B, T}, 4},   {"fch", X, {B, T, 4 * C}, 4}, {"residual3", X, {B, T, C}, kNever},
+  };
+  if (options.fp8) {  // transposed, for the backward pass alone
+    block.push_back({"atty_fp8", Q, {C, B * T}, 1});
+    block.push_back({"fch_gelu_fp8", Q, {4 * C, B * T}, 1});
+  } else {
+    block.push_back({"fch_gelu", X, {B, T, 4 * C}, 1});
+  }
   for (int64_t l = 0; l < config.num_layers; l++) {
     for (const auto& tensor : block) {
       if (r < tensor.shared_from) activation("h" + std::to_string(l) + "." + tensor.name, tensor.dtype, tensor.shape);
     }
   }
   for (const auto& tensor : block) {
-    const std::string name = tensor.name;
-    const bool in_lnf = name == "ln1" || name == "ln2";     // which is theirs, too (block_buffer)
-    const bool unused = options.fp8 && name == "fch_gelu";  // it is computed where it is converted
-    if (r >= tensor.shared_from && !in_lnf && !unused) activation(name, tensor.dtype, tensor.shape);
+    const bool in_lnf = tensor.name == "ln1" || tensor.name == "ln2";  // which is theirs, too (block_buffer)
+    if (r >= tensor.shared_from && !in_lnf && tensor.dtype != DType::E4M3) {
+      activation(tensor.name, tensor.dtype, tensor.shape);
+    }
   }
   activation("lnf", X, {B, T, C});
   activation("lnf_mean", F32, {B, T});

@@ -106,9 +106,10 @@ Fp8Matrix GPT2::fp8_input(ParameterKind weight, int64_t l, Tensor x, void* memor
   }
   const bool gelu = weight == kFcprojw;
   Tensor kept;  // for the backward pass, while x is read anyway
-  if (gelu && options_.recompute == 0)
-    kept = matrix(buffer("h" + std::to_string(l) + ".fch_gelu").data, DType::E4M3, x, true);
-  if (kept && transposed) return {kept, unscale};
+  if (options_.recompute == 0) {
+    kept = matrix(view(plan_.block_buffer(l, gelu ? "fch_gelu_fp8" : "atty_fp8")).data, DType::E4M3, x, true);
+    if (transposed) return {kept, unscale};
+  }
 
   const Tensor values = matrix(memory, DType::E4M3, x, transposed);
   const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, Tensor{}, scale}
