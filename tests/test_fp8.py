@@ -277,6 +277,14 @@ def test_evaluation_leaves_the_scales_alone(cuda):
     assert_same_bits(bits(models[0]), bits(models[1]))
 
 
+def test_a_batch_that_is_not_in_fp8_has_no_backward_pass(cuda):
+    model = build_on(cuda)
+    x, y = batch(CASE, 1)
+    model.forward(x[:1, :31])
+    with pytest.raises(cuda.core.Error, match="fp8 needs a batch of a multiple of 16 tokens, not of 31"):
+        model.backward(y[:1, :31])
+
+
 def test_other_rows_are_not_in_fp8(cuda):
     """Their products need multiples of 16."""
     x, y = batch(CASE, 1)
@@ -396,6 +404,10 @@ DRY = ["--dry-run", "-e", "custom:l=2,c=64,h=2,t=32,v=61", "-b", "2", "-t", "32"
         ("--device cpu", "--fp8 1 needs a GPU, this run is on a CPU: drop it"),
         ("--device cuda --memory 8 --precision fp32", "--fp8 1 needs --precision bf16, this run is in fp32: drop it"),
         ("--roofline A100", "a GPU of compute capability 8.9 or newer, which NVIDIA A100-SXM4-80GB is not: drop it"),
+        (
+            "--device cuda --memory 8 -ge 1",
+            "-ge 1 cannot be with --fp8 1, which computes the GELU with the conversion: drop -ge",
+        ),
         ("--device cuda --memory 8 -b 1 -t 24", "a multiple of 16 tokens, -b 1 times -t 24 is 24: change one of them"),
         (
             "--device cuda --memory 8 -e custom:l=2,c=72,h=3,t=32,v=61",
@@ -413,6 +425,8 @@ def test_refusals_of_the_core():
         _C.plan(_C.GPT2Config(), _C.Options(fp8=True, precision="bf16"))
     with pytest.raises(_C.Error, match="fp8 needs a GPU and bf16: the precision is fp32 on cuda:0"):
         _C.plan(_C.GPT2Config(), _C.Options(fp8=True, device="cuda"))
+    with pytest.raises(_C.Error, match="fp8 computes the GELU with the conversion: gelu_fusion is 1, it must be 0"):
+        _C.plan(_C.GPT2Config(), _C.Options(fp8=True, device="cuda", precision="bf16", gelu_fusion=1))
     with pytest.raises(_C.Error, match="fp8 needs channels that are a multiple of 16, not 72"):
         config = _C.GPT2Config(channels=72, num_heads=3)
         _C.plan(config, _C.Options(fp8=True, device="cuda", precision="bf16"))

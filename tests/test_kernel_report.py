@@ -53,10 +53,12 @@ PROMISES = {
     "layernorm_forward_kernel<*, false>": (3, 1, False),
     "layernorm_partials_kernel<*>": (2, 2, False),
     "partial_sums_kernel<*>": (2, 0, False),
-    "quantize_kernel<*, false>": (4, 0, False),  # to bytes, 64 bits wide
-    "quantize_kernel<*, true>": (4, 2, False),  # transposed
+    "quantize_kernel<*, GeluGradient>": (8, 2, False),
+    "quantize_kernel<*>": (4, 2, False),  # transposed; what lies as it was is 64 bits wide
+    "raise_kernel": (0, 0, False),  # a number of a tensor
     "round_parameters_kernel<*>": (1, 0, False),
     "scale_kernel": (0, 0, False),  # two numbers
+    "transpose_kernel": (0, 2, False),  # 64 bits wide
     "update_scales_kernel": (0, 0, False),  # 16 numbers of a tensor
 }
 
