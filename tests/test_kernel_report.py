@@ -49,12 +49,15 @@ PROMISES = {
     "gelu_forward_kernel<*>": (1, 1, False),
     "layernorm_backward_kernel<*>": (3, 2, False),
     "layernorm_dx_kernel<*>": (3, 1, False),
-    "layernorm_forward_kernel<*, true>": (4, 2, False),
-    "layernorm_forward_kernel<*, false>": (3, 1, False),
+    "layernorm_forward_kernel<*, Plain<*>, *, true>": (4, 2, False),
+    "layernorm_forward_kernel<*, Plain<*>, *, false>": (3, 1, False),
+    "layernorm_forward_kernel<*, InE4M3, *, true>": (4, 1, False),  # 64 bits of FP8
+    "layernorm_forward_kernel<*, InE4M3, *, false>": (3, 0, False),
     "layernorm_partials_kernel<*>": (2, 2, False),
     "partial_sums_kernel<*>": (2, 0, False),
     "quantize_kernel<*, GeluGradient>": (8, 2, False),
-    "quantize_kernel<*>": (4, 2, False),  # transposed; what lies as it was is 64 bits wide
+    "quantize_kernel<*, Gelu>": (4, 2, False),  # transposed; what lies as it was is 64 bits wide
+    "quantize_kernel<*, Itself>": (4, 2, False),
     "raise_kernel": (0, 0, False),  # a number of a tensor
     "round_parameters_kernel<*>": (1, 0, False),
     "scale_kernel": (0, 0, False),  # two numbers
