@@ -83,7 +83,7 @@ def product(what: str, M: int, N: int, K: int, moved: float, fp8: bool = False) 
 
 
 def conversion(what: str, values: int, copies: int = 1, sources: int = 1) -> Kernel:
-    """To FP8, as the tensor lies, transposed or both, of what is computed on the way from one or two tensors in bf16."""
+    """To FP8, as the tensor lies, transposed or both, of what is computed on the way from one or two in bf16."""
     return Kernel("FP8", f"{what}, to FP8", "quantize_kernel*", (2 * sources + copies) * values)
 
 

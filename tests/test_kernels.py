@@ -168,9 +168,9 @@ def test_bytes_and_flops_by_hand():
 
 
 def test_conversions_to_fp8_by_hand():
-    """Two bytes of a value of bf16 are read, one is written as it lies and one transposed. Weights: once forward and once
-    backward. Forward, layernorms write ln1 and ln2 themselves; attention's output goes both ways, and so does the GELU of
-    fch. Backward, ln1 and ln2 are transposed; gradients go both ways, that of the GELU's input with it."""
+    """Two bytes of a value of bf16 are read, one is written as it lies and one transposed. Weights: once forward and
+    once backward. Forward, layernorms write ln1 and ln2 themselves; attention's output goes both ways, and so does the
+    GELU of fch. Backward, ln1 and ln2 are transposed; gradients go both ways, that of the GELU's input with it."""
     config = _C.GPT2Config(max_seq_len=1024, num_layers=12, num_heads=12, channels=768)
     options = _C.Options(batch_size=64, seq_len=1024, precision="bf16", device="cuda", recompute=0, fp8=True)
     moved, products = Counter(), Counter()

@@ -101,9 +101,7 @@ def test_no_bank_conflicts(cuda: Simulator | RealGPU) -> None:
         pytest.skip("only the simulator counts them")
     out, transposed, amax = empty((128, 256), E5M2), empty((256, 128), E5M2), torch.zeros(1)
     with cuda.shared_accesses() as accesses:
-        ops.quantize_gradient(
-            out, transposed, amax, empty((256,), BF16), normal((128, 256), BF16, 2), None, pair(1.0)
-        )
+        ops.quantize_gradient(out, transposed, amax, empty((256,), BF16), normal((128, 256), BF16, 2), None, pair(1.0))
     own = [access for access in accesses if "quantize_kernel" in access.kernel]
     assert {(access.kind, access.bytes) for access in own} >= {("write", 4), ("read", 16), ("read", 4)}
     assert [access for access in own if access.wavefronts > access.least] == []
@@ -186,9 +184,7 @@ def test_layernorm(shape: tuple[int, int], residual: bool) -> None:
     mean, rstd, expected_mean, expected_rstd = (empty((N,), torch.float32) for _ in range(4))
     sums = [empty(shape, BF16) for _ in range(2)] if residual else [None, None]
     out, amax, plain = empty(shape, E4M3), torch.zeros(1), empty(shape, BF16)
-    ops.fp8_layernorm_forward(
-        out, amax, sums[0], mean, rstd, a, b if residual else None, weight, bias, pair(4.0)
-    )
+    ops.fp8_layernorm_forward(out, amax, sums[0], mean, rstd, a, b if residual else None, weight, bias, pair(4.0))
     if residual:
         ops.residual_layernorm_forward(sums[1], plain, expected_mean, expected_rstd, a, b, weight, bias)
         assert same_bits(sums[0], sums[1])
@@ -201,9 +197,7 @@ def test_layernorm(shape: tuple[int, int], residual: bool) -> None:
     assert_rounded(out, exact, 4.0, E4M3, 2.0**-18 * (exact.abs() + weight.double().abs() + bias.double().abs()))
     assert float(amax) == pytest.approx(float(exact.abs().max()), rel=2.0**-16)
     largest = torch.zeros(1)
-    ops.fp8_layernorm_forward(
-        None, largest, sums[0], mean, rstd, a, b if residual else None, weight, bias, None
-    )
+    ops.fp8_layernorm_forward(None, largest, sums[0], mean, rstd, a, b if residual else None, weight, bias, None)
     assert largest.equal(amax)
 
 

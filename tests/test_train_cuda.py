@@ -65,7 +65,7 @@ def test_it_learns_and_names_the_device():
     assert "n/a bf16 MFU" in output  # no peak is known of it
 
 
-NUMERICS = [("--precision fp32", 1), ("--precision bf16", 1), ("--fp8 1 -v 2 -s 2", 1), ("--fp8 1 -z 3 -r 4 -ge 2", 2)]
+NUMERICS = [("--precision fp32", 1), ("--precision bf16", 1), ("--fp8 1 -v 2 -s 2", 1), ("--fp8 1 -z 3 -r 4", 2)]
 
 
 @pytest.mark.parametrize(("numerics", "ranks"), NUMERICS)
