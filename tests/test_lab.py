@@ -3,18 +3,21 @@
 import csv
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
+from devices import RealGPU, Simulator
 from torch import Tensor
 
 from llmc import _C, models
 from llmc.cli import bench
-from llmc.device import cpu
+from llmc.device import Device, cpu
 from llmc.errors import RunError, UsageError
-from llmc.lab import measure, variants
+from llmc.lab import kernels, measure, variants
 from llmc.lab.catalogue import OPERATIONS
 from llmc.lab.kernels import parse_shape
 from llmc.lab.limits import Limits, Machine
@@ -64,9 +67,8 @@ def build_root(tmp_path_factory: pytest.TempPathFactory):
 
 def test_every_operation_can_be_measured() -> None:
     functions = {name for name in vars(_C.ops) if not name.startswith("_")}
-    # Of newer GPUs only.
-    fp8 = {name for name in functions if "fp8" in name or name.startswith("quantize")} | {"raise_amax"}
-    assert set(OPERATIONS) == functions - fp8 - {"allow_tf32", "clip_scale"}  # a switch; two numbers
+    small = {"allow_tf32", "clip_scale", "fp8_scale", "raise_amax", "update_fp8_scales"}  # a switch; some numbers
+    assert set(OPERATIONS) == functions - small
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -80,7 +82,7 @@ def test_arguments_are_those_of_the_core(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not OPERATIONS[name].fp8])
 def test_results_are_right(name: str, precision: str, machine: Machine) -> None:
     operation = OPERATIONS[name]
     case = Case(operation, tuple(ODD[size] for size in operation.sizes), precision)
@@ -95,16 +97,38 @@ def test_results_are_right(name: str, precision: str, machine: Machine) -> None:
         assert 0 < row.seconds < 1
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if OPERATIONS[name].fp8])
+@pytest.mark.parametrize("sizes", [(48, 80, 32), (144, 16, 272)], ids=str)
+def test_results_in_fp8_are_right(
+    name: str, sizes: tuple[int, int, int], cuda: Simulator | RealGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The core's in the simulator; PyTorch's but for products, which it has on GPUs only."""
+    operation = OPERATIONS[name]
+    arguments = operation.arguments(Draw(torch.bfloat16, "cpu"), *sizes[: len(operation.sizes)])
+    own = measure.clone(arguments)
+    monkeypatch.setattr(devices.ops, "device", cuda)
+    getattr(devices.ops, name)(*own.values())
+    exact = operation.torch(measure.clone(arguments, torch.float64))()
+    contenders = [operation.results_of(own, None)]
+    if "matmul" not in name:
+        contenders.append(operation.torch(arguments)())
+    for found in contenders:
+        for result, ours, truth in zip(operation.results, found, exact, strict=True):
+            rounding = {1: 2**-3, 2: 2**-7, 4: 2**-7}[ours.element_size()]  # E5M2's; bf16's, also of what amax is of
+            assert measure.error_of(ours.double().flatten(), truth.flatten()) <= rounding, result
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_pytorch_leaves_the_arguments_alone(name: str) -> None:
     """So that the truth is that of the same inputs; the optimizer is free to update in place."""
     operation = OPERATIONS[name]
-    arguments = operation.arguments(Draw(torch.float32, "cpu"), *(ODD[size] for size in operation.sizes))
+    arguments = operation.arguments(Draw(torch.float32, "cpu"), *(ODD.get(size, 5) for size in operation.sizes))
+    arguments = measure.clone(arguments, torch.float64) if operation.fp8 else arguments  # CPUs have no such products
     before = measure.clone(arguments)
     operation.torch(arguments)()
     for key, value in arguments.items():
         if isinstance(value, Tensor) and name not in ("adamw", "round_parameters"):
-            assert torch.equal(value.nan_to_num(), before[key].nan_to_num()), key
+            assert torch.equal(value.double().nan_to_num(), before[key].double().nan_to_num()), key
 
 
 def test_bytes_and_flops_are_those_of_the_step() -> None:
@@ -228,6 +252,22 @@ def test_numbers_that_are_returned(tmp_path: Path, machine: Machine) -> None:
     for text_, mistake in ((text, ""), (text.replace(".square()", ""), "the result is off by ")):
         result = measure.measure(case, variant(tmp_path, text_, operation="sum_of_squares"), machine, seconds=0)
         assert result.rows[2].mistake.startswith(mistake) and bool(result.rows[2].mistake) == bool(mistake)
+
+
+def test_what_has_no_fp8() -> None:
+    """Is left out, or refused if it was asked for."""
+    gpu = Device("cuda:0", "Old GPU", 2**30, True, has_fp8=False)
+    for device, precisions, reason in (
+        (cpu(), ["bf16"], "a GPU of compute capability 8.9 or newer, which "),
+        (gpu, ["bf16"], "a GPU of compute capability 8.9 or newer, which Old GPU is not"),
+        (replace(gpu, has_fp8=True), ["bf16", "fp32"], "--precision bf16 alone"),
+        (replace(gpu, has_fp8=True), ["bf16"], ""),
+    ):
+        assert kernels.why_not(OPERATIONS["quantize"], device, precisions).startswith(reason)
+        assert bool(kernels.why_not(OPERATIONS["quantize"], device, precisions)) == bool(reason)
+        assert not kernels.why_not(OPERATIONS[NORM], device, precisions)
+    with pytest.raises(UsageError, match="quantize_gelu needs a GPU of compute capability"):
+        bench._main(["kernels", "quantize_gelu", "--device", "cpu"])
 
 
 def test_no_room(machine: Machine) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmc.lab import fp8
 from llmc.lab.operation import Arguments, Draw, Operation, Step, bytes_of
 
 EPS = 1e-5  # of layernorm
@@ -518,5 +519,6 @@ OPERATIONS: dict[str, Operation] = {
         Cast(),
         Accumulate(),
         Sum(),
+        *fp8.OPERATIONS,
     )
 }

@@ -10,7 +10,7 @@ import torch
 
 from llmc import models
 from llmc.config import TrainConfig
-from llmc.device import choose_device
+from llmc.device import Device, choose_device
 from llmc.errors import RunError, UsageError
 from llmc.lab.catalogue import OPERATIONS
 from llmc.lab.limits import Machine
@@ -42,10 +42,14 @@ class Settings:
 
 def run_kernels(settings: Settings, argv: Sequence[str]) -> None:
     """Raises RunError after the last measurement if a contender's results are wrong."""
-    operations = [find(name) for name in settings.operations] or list(OPERATIONS.values())
     device = choose_device(TrainConfig(device=settings.device))
     kind = "cuda" if device.is_cuda else "cpu"
     precisions = settings.precisions or [DEFAULT_PRECISIONS[kind]]
+    possible = [operation for operation in OPERATIONS.values() if not why_not(operation, device, precisions)]
+    operations = [find(name) for name in settings.operations] or possible
+    for operation in operations:
+        if reason := why_not(operation, device, precisions):
+            raise UsageError(f"{operation.name} needs {reason}")
     shapes = settings.shapes or [DEFAULT_SHAPES[kind]]
     cases = [
         Case(operation, sizes, precision)
@@ -78,6 +82,15 @@ def find(name: str) -> Operation:
     if name not in OPERATIONS:
         raise UsageError(f"{name} is no operation: give one or more of {', '.join(OPERATIONS)}")
     return OPERATIONS[name]
+
+
+def why_not(operation: Operation, device: Device, precisions: Sequence[FileDtype]) -> str:
+    """What is missing for it, or ""."""
+    if operation.fp8 and not device.has_fp8:
+        return f"a GPU of compute capability 8.9 or newer, which {device.name} is not"
+    if operation.fp8 and set(precisions) != {"bf16"}:
+        return "--precision bf16 alone"
+    return ""
 
 
 def parse_shape(text: str, operation: Operation) -> list[tuple[int, ...]]:

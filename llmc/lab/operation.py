@@ -86,10 +86,11 @@ class Operation(ABC):
     written: ClassVar[tuple[str, ...]] = ()  # arguments that are written
     updated: ClassVar[tuple[str, ...]] = ()  # arguments that are read and written; gradients that accumulate
     returns: ClassVar[bool] = False  # a number
+    fp8: ClassVar[bool] = False  # in bf16 only, on GPUs that have it
 
     @property
     def name(self) -> str:
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def core(self) -> Callable[..., Any]:

@@ -42,7 +42,7 @@ TESTS = {
     "embedding": ["tests/test_ops_embedding.py"],
     "fp8": ["tests/test_ops_fp8.py"],
     "gelu": ["tests/test_ops_gelu.py"],
-    "layernorm": ["tests/test_ops_layernorm.py"],
+    "layernorm": ["tests/test_ops_layernorm.py", "tests/test_ops_fp8.py::test_layernorm"],
     "matmul": ["tests/test_ops_matmul.py", "tests/test_ops_fp8.py"],
     "reduce": ["tests/test_ops_reduce.py"],
 }
