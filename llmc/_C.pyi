@@ -77,7 +77,7 @@ class Options:
         cudnn_attention: bool = False,
         bias_fusion: bool = False,
         cuda_graphs: bool = False,
-        fp8: bool = False,
+        fp8: int = 0,
     ) -> None: ...
     @property
     def batch_size(self) -> int: ...
@@ -112,7 +112,7 @@ class Options:
     @property
     def cuda_graphs(self) -> bool: ...
     @property
-    def fp8(self) -> bool: ...
+    def fp8(self) -> int: ...
 
 def plan(
     config: GPT2Config, options: Options, world_size: int = 1
@@ -416,7 +416,7 @@ class ops:
 
     @staticmethod
     def fp8_matmul_forward(
-        out: Tensor, x: Tensor, unscale_x: Tensor, weight: Tensor, unscale_weight: Tensor, bias: Tensor
+        out: Tensor, x: Tensor, unscale_x: Tensor, weight: Tensor, unscale_weight: Tensor, bias: Tensor | None = None
     ) -> None:
         """out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales"""
 
@@ -447,6 +447,18 @@ class ops:
         logits: Tensor, losses: Tensor, targets: Tensor, vocab_size: int, dloss: float, write_dlogits: bool
     ) -> None:
         """losses += cross entropy; logits = (softmax - onehot) * dloss in place if write_dlogits"""
+
+    @staticmethod
+    def fp8_classifier(
+        dlogits: Tensor,
+        unscale: Tensor,
+        losses: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        dloss: float,
+    ) -> None:
+        """losses += cross entropy; dlogits * unscale = (softmax - onehot) * dloss, in E5M2"""
 
     @staticmethod
     def adamw(

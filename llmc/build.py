@@ -84,27 +84,33 @@ def core_config(model: str, shape: ModelShape) -> "_C.GPT2Config":
 
 
 def check_fp8(config: TrainConfig, shape: ModelShape, precision: FileDtype, device: Device) -> None:
-    """UsageError for --fp8 1 where it cannot be."""
+    """UsageError for --fp8 where it cannot be."""
     if not config.fp8:
         return
+    flag = f"--fp8 {config.fp8}"
     if not device.is_cuda:
-        raise UsageError("--fp8 1 needs a GPU, this run is on a CPU: drop it")
+        raise UsageError(f"{flag} needs a GPU, this run is on a CPU: drop it")
     if not device.has_fp8:
-        raise UsageError(f"--fp8 1 needs a GPU of compute capability 8.9 or newer, which {device.name} is not: drop it")
+        raise UsageError(f"{flag} needs a GPU of compute capability 8.9 or newer, which {device.name} is not: drop it")
     if precision != "bf16":
-        raise UsageError(f"--fp8 1 needs --precision bf16, this run is in {precision}: drop it")
+        raise UsageError(f"{flag} needs --precision bf16, this run is in {precision}: drop it")
     if config.gelu_fusion > 0:
         raise UsageError(
-            f"-ge {config.gelu_fusion} cannot be with --fp8 1, which computes the GELU with the conversion: drop -ge"
+            f"-ge {config.gelu_fusion} cannot be with {flag}, which computes the GELU with the conversion: drop -ge"
         )
     if config.batch_size * config.seq_len % 16 != 0:
         raise UsageError(
-            f"--fp8 1 needs batches of a multiple of 16 tokens, -b {config.batch_size} times -t {config.seq_len} is "
+            f"{flag} needs batches of a multiple of 16 tokens, -b {config.batch_size} times -t {config.seq_len} is "
             f"{config.batch_size * config.seq_len}: change one of them"
         )
     if shape.channels % 16 != 0:
         raise UsageError(
-            f"--fp8 1 needs channels that are a multiple of 16, -e {config.model} has {shape.channels}: drop it"
+            f"{flag} needs channels that are a multiple of 16, -e {config.model} has {shape.channels}: drop it"
+        )
+    if config.fp8 == 2 and shape.padded_vocab_size % 16 != 0:
+        raise UsageError(
+            f"--fp8 2 needs a padded vocabulary of a multiple of 16, -e {config.model} has {shape.padded_vocab_size}: "
+            "use --fp8 1"
         )
 
 

@@ -182,12 +182,13 @@ class TrainConfig:
     cuda_graphs: bool = flag(
         "", False, "numerics", ANY, "1: the CPU launches a pass on a GPU, and the update, as one; the same bits"
     )
-    fp8: bool = flag(
+    fp8: int = flag(
         "",
-        False,
+        0,
         "numerics",
-        ANY,
-        "1: the matrix products of the blocks in FP8 with delayed scaling, on a GPU of compute capability 8.9 or newer",
+        one_of(0, 1, 2),
+        "matrix products in FP8 with delayed scaling: 1 those of the blocks, 2 also the loss head's; on a GPU of "
+        "compute capability 8.9 or newer",
     )
     recompute: int = flag(
         "-r",

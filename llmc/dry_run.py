@@ -149,7 +149,7 @@ class Group:
 
 
 def buffer_lines(buffers: list[Buffer]) -> list[str]:
-    """A line per buffer, those of the layers together; one that shares the memory of an earlier one says so."""
+    """A line per buffer, those of the layers together; one that shares the memory of earlier ones says so."""
     groups: dict[tuple[str, str], Group] = {}
     for buffer in buffers:
         key = (buffer.lifetime, re.sub(r"^h[0-9]+\.", "h*.", buffer.name))
@@ -158,14 +158,19 @@ def buffer_lines(buffers: list[Buffer]) -> list[str]:
         else:
             groups[key] = Group(buffer)
     lines = [f"  {'lifetime':<12}{'buffer':<20}{'dtype':<6}{'shape':<26}{'MiB':>12}"]
-    taken: dict[tuple[str, int], str] = {}
+    listed: dict[str, Buffer] = {}
     for (lifetime, name), group in groups.items():
         shape = f"{group.count} x " * (group.count > 1) + str(group.first.shape).replace(" ", "").replace(",)", ")")
         mib = group.count * group.first.bytes / MIB
-        other = taken.setdefault((lifetime, group.first.offset), name)
-        shared = "" if other == name else f"  (shares memory with {other})"
+        others = [other for other, buffer in listed.items() if overlap(buffer, group.first)]
+        listed[name] = group.first
+        shared = f"  (shares memory with {', '.join(others)})" if others else ""
         lines.append(f"  {lifetime:<12}{name:<20}{group.first.dtype:<6}{shape:<26}{mib:>12.3f}{shared}")
     return lines
+
+
+def overlap(a: Buffer, b: Buffer) -> bool:
+    return a.lifetime == b.lifetime and a.offset < b.offset + b.bytes and b.offset < a.offset + a.bytes
 
 
 def total_lines(buffers: list[Buffer], batch_size: int, memory: int) -> list[str]:

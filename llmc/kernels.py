@@ -114,7 +114,8 @@ class Step:
         self.x = ITEM_BYTES[options.precision]  # bytes of a parameter or activation
         self.g = ITEM_BYTES[options.grad_dtype]  # of a gradient of a parameter
         self.factor = 1 if options.fp8 else self.x  # of a factor of the blocks' products
-        self.fp8_tensors = 12 * self.L if options.fp8 else 0
+        self.fp8_tensors = {0: 0, 1: 12 * self.L, 2: 12 * self.L + 2}[options.fp8]
+        self.fp8_inputs = 4 * self.L if options.fp8 else 0  # of them, of the blocks
         self.has_master = options.precision == "bf16" and options.master_weights
         self.model_flops_per_token = 6 * config.num_parameters + 6 * self.L * self.C * self.T
         self.residual = self.x * self.N * self.C
@@ -188,7 +189,7 @@ class Step:
         yield Kernel("embedding", "embedding forward", "embedding_forward_kernel*", moved)
         yield from self.use(1)
         if self.fp8_tensors:
-            yield memset("largest inputs for FP8", 4 * self.fp8_tensors / 3)
+            yield memset("largest inputs for FP8", 4 * self.fp8_inputs)
         yield self.layernorm()
         for layer in range(self.L):
             yield from self.gather(layer + 2)
@@ -225,7 +226,7 @@ class Step:
         if self.fp8_tensors:
             if micro_step == 0:
                 yield memset("largest values for FP8", 4 * self.fp8_tensors)
-            yield Kernel("FP8", "largest inputs", "raise_kernel*", 4 * self.fp8_tensors)
+            yield Kernel("FP8", "largest inputs", "raise_kernel*", 12 * self.fp8_inputs)
         yield from self.loss_head(accumulate)
         if last_micro_step:
             yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
@@ -287,18 +288,25 @@ class Step:
 
     def loss_head(self, accumulate: bool) -> list[Kernel]:
         """Over chunks of rows."""
-        C, Vp, x = self.C, self.Vp, self.x
+        C, Vp, fp8 = self.C, self.Vp, self.options.fp8 == 2
+        factor = 1 if fp8 else self.x  # bytes of a product's factor
         dweight = 4 if self.sums_dwte_apart else self.g  # bytes of an element
-        kernels = []
+        kernels = [conversion("logits, weight twice", Vp * C, copies=2)] if fp8 else []
         for begin in range(0, self.N, self.chunk_rows):
             n = min(self.chunk_rows, self.N - begin)
-            moved = x * (n * (Vp + C) + Vp * C)
-            adds = begin > 0 or (accumulate and not self.sums_dwte_apart)
+            passes = 2 if begin > 0 or (accumulate and not self.sums_dwte_apart) else 1  # over the weight's gradient
+            if fp8:
+                kernels.append(conversion("logits, input twice", n * C, copies=2))
             kernels += [
-                product("logits", n, Vp, C, moved),
-                Kernel("classifier", "fused classifier", "fused_classifier_kernel*", 2 * x * n * Vp),
-                product("logits, input gradient", n, C, Vp, moved),
-                product("logits, weight gradient", Vp, C, n, x * n * (Vp + C) + dweight * Vp * C * (2 if adds else 1)),
+                product("logits", n, Vp, C, factor * (n + Vp) * C + self.x * n * Vp, fp8),
+                Kernel("classifier", "fused classifier", "fused_classifier_kernel*", (self.x + factor) * n * Vp),
+            ]
+            if fp8:
+                kernels.append(Kernel("FP8", "logits, gradient transposed", "transpose_kernel*", 2 * n * Vp))
+            moved = factor * n * (Vp + C) + passes * dweight * Vp * C
+            kernels += [
+                product("logits, input gradient", n, C, Vp, factor * (n + C) * Vp + self.x * n * C, fp8),
+                product("logits, weight gradient", Vp, C, n, moved, fp8),
             ]
         if self.sums_dwte_apart:
             name = "accumulate_kernel*" if accumulate else "cast_kernel*"
@@ -322,7 +330,7 @@ class Step:
         self, what: str, OC: int, IC: int, extra: float = 0, *, normalised: bool = False, gelu: bool = False
     ) -> list[Kernel]:
         """Of a layernorm, which is in FP8 already, or of the GELU, which in FP8 is computed on the way."""
-        N, fp8 = self.N, self.options.fp8
+        N, fp8 = self.N, self.options.fp8 > 0
         moved = self.factor * (N * IC + OC * IC) + self.x * N * OC + extra
         forward = product(what, N, OC, IC, moved, fp8)
         if not fp8:
@@ -344,7 +352,7 @@ class Step:
         through_gelu: bool = False,
     ) -> list[Kernel]:
         """normalised, gelu: of the input, as forward. through_gelu: in FP8, of the gradient."""
-        N, fp8 = self.N, self.options.fp8
+        N, fp8 = self.N, self.options.fp8 > 0
         moved = self.factor * (N * OC + OC * IC) + self.x * N * IC + extra
         dx = product(f"{what}, input gradient", N, IC, OC, moved, fp8)
         if not fp8:

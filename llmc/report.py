@@ -40,7 +40,7 @@ def parameter_table(run: Run) -> str:
     device: list[Row] = [
         ("device", run.device.name),
         ("peak TFlops", "n/a" if run.peak_flops is None else f"{run.peak_flops / 1e12:.1f}"),
-        ("precision", run.precision.upper() + " and FP8" * run.config.fp8),
+        ("precision", run.precision.upper() + ("", " and FP8", " and FP8, loss head too")[run.config.fp8]),
     ]
     model: list[Row] = [
         ("weight init method", "intermediate checkpoint" if run.resumed else config.model),

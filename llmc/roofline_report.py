@@ -26,7 +26,7 @@ class Sum:
 def roofline_report(name: str, machine: Machine, step: Step, at_stage: Callable[[int], Step]) -> str:
     """name: of the GPU. at_stage: the same step at another ZeRO stage."""
     prediction = predict(step, machine)
-    parts = [heading(name, machine, step.world_size, step.options.fp8), *kernel_lines(machine, prediction)]
+    parts = [heading(name, machine, step.world_size, bool(step.options.fp8)), *kernel_lines(machine, prediction)]
     if step.world_size > 1:
         parts += ["", *stage_lines(machine, step, at_stage)]
     return "\n".join([*parts, "", *summary(machine, step, prediction)])

@@ -39,7 +39,8 @@ MODELS = {"124M": "d12", "350M": "d24", "1558M": "d48"}
 VARIANTS: dict[str, dict[str, Any]] = {  # of llmc, by their flags
     "--cuda-graphs 1": {"cuda_graphs": True},
     "--attention cudnn": {"attention": "cudnn"},
-    "--fp8 1": {"fp8": True},
+    "--fp8 1": {"fp8": 1},
+    "--fp8 2": {"fp8": 2},
 }
 T = 1024
 LARGEST_B = 64

@@ -58,7 +58,7 @@ class Step:
     accumulation_steps: int = 1
     offload_piece: int = 0  # of an offloaded optimizer; 0: it is on the GPU
     cuda_graphs: bool = False
-    fp8: bool = False
+    fp8: int = 0
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -111,7 +111,8 @@ STEPS = [
 OTHERS = [
     Step("124M, fp32 gradients", "d12", B=4, grad_dtype="fp32"),
     Step("124M, bias gradients apart", "d12", B=4, bias_fusion=False),
-    Step("124M FP8", "d12", B=4, fp8=True),
+    Step("124M FP8", "d12", B=4, fp8=1),
+    Step("124M FP8, loss head too", "d12", B=4, fp8=2),
     Step("124M fp32, bias gradients apart", "d12", B=4, precision="fp32", bias_fusion=False),
     *(
         Step(f"{name} {mode}", descriptor, B=4, T=T, precision=precision, tf32=tf32)

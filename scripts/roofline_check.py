@@ -102,7 +102,7 @@ def fitted_share(run: Published) -> float:
 @dataclass(frozen=True)
 class Own:
     """A step of this package in bf16 with the trainer's defaults but -r 0, -z 1 on several GPUs, and, where it says so,
-    cuDNN's attention and FP8 products."""
+    cuDNN's attention and FP8 products of that level."""
 
     model: str
     descriptor: str
@@ -111,12 +111,12 @@ class Own:
     B: int
     tokens: int
     cudnn: bool
-    fp8: bool
+    fp8: int
     T: int = 1024
 
     @property
     def program(self) -> str:
-        return "llmc" + " --attention cudnn" * self.cudnn + " --fp8 1" * self.fp8
+        return "llmc" + " --attention cudnn" * self.cudnn + (f" --fp8 {self.fp8}" if self.fp8 else "")
 
 
 OWN = [
@@ -126,7 +126,7 @@ OWN = [
     for ranks in (1, 8)
     # On older ones it is taken to be like our own.
     for cudnn in ((False, True) if GPUS[gpu].generation in CAPABILITY_9 else (False,))
-    for fp8 in ((False, True) if GPUS[gpu].has_fp8 else (False,))
+    for fp8 in ((0, 1, 2) if GPUS[gpu].has_fp8 else (0,))
 ]
 
 

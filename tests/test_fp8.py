@@ -216,10 +216,10 @@ def test_memory_is_the_plans(cuda):
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def scales_of(history):
+def scales_of(history, numbers=LARGEST):
     """A few lines of numpy: the largest power of two that keeps the largest value of the window in the format."""
     largest = history.max(axis=1)
-    return np.where(largest > 0, 2.0 ** np.floor(np.log2(LARGEST / np.where(largest > 0, largest, 1))), 1)
+    return np.where(largest > 0, 2.0 ** np.floor(np.log2(numbers / np.where(largest > 0, largest, 1))), 1)
 
 
 def amaxes(model):

@@ -43,6 +43,9 @@ STEPS = [
         for r, A in ((0, 1), (1, 3), (2, 2), (3, 1), (4, 2))
     ),
     {"descriptor": TINY, "B": 2, "T": 16, "fp8": True, "zero_stage": 2, "world_size": 2, "grad_dtype": "fp32"},
+    *({"descriptor": TINY, "B": 2, "T": 16, "fp8": 2, "recompute": r, "accumulation_steps": 2} for r in (0, 4)),
+    *({"descriptor": CHUNKS, "B": 3, "T": 512, "fp8": 2, "accumulation_steps": A} for A in (1, 2)),
+    {"descriptor": CHUNKS, "B": 3, "T": 512, "fp8": 2, "grad_dtype": "fp32", "zero_stage": 2, "world_size": 2},
     {"descriptor": TINY, "B": 2, "T": 16, "accumulation_steps": 3, "bias_fusion": False},
     {"descriptor": "custom:l=1,c=32,h=2,t=16,v=65", "B": 1, "T": 16, "zero_stage": 3, "world_size": 2},
     *(
@@ -185,6 +188,31 @@ def test_conversions_to_fp8_by_hand():
     assert moved["layernorm_forward_kernel<*true>"] == 23 * 7 * N * C + 8 * N * C  # the last one's output is in bf16
     sums = sum(2 * (N * (IC + OC) + OC * IC) for OC, IC in shapes)  # results in bf16: out, dx and dweight
     assert products == {True: 12 * (sums + sum(2 * (N * (IC + OC) + OC * IC) for OC, IC in shapes)), False: 0}
+
+
+def test_the_loss_head_in_fp8_by_hand():
+    """Over 12 chunks. wte is converted once, lnf in chunks, as they lie and transposed: four bytes of a value move.
+    The classifier reads two bytes of a logit and writes one, which is then transposed."""
+    config = _C.GPT2Config(max_seq_len=1024, num_layers=12, num_heads=12, channels=768)
+    options = {"batch_size": 64, "seq_len": 1024, "precision": "bf16", "device": "cuda", "recompute": 0}
+    sums: list[Counter[str]] = []
+    for level in (1, 2):
+        sums.append(Counter())
+        for kernel, count in Step(config, _C.Options(**options, fp8=level)).launches().items():
+            what = f"{kernel.what}{', FP8' * kernel.fp8}" if kernel.name == "cuBLASLt" else kernel.name
+            sums[-1][what] += kernel.bytes * count
+    N, C, Vp, chunks = 65536, 768, 50304, 12
+    changes = {what: sums[1][what] - sums[0][what] for what in sums[1] if sums[1][what] != sums[0][what]}
+    assert changes == {
+        "quantize_kernel*": 4 * (Vp * C + N * C),
+        "fused_classifier_kernel*": -N * Vp,
+        "transpose_kernel*": 2 * N * Vp,
+        "update_scales_kernel*": 2 * 4 * (1 + 2 * 16 + 2),
+        "memset": 2 * 4,
+        "logits, FP8": N * C + chunks * Vp * C + 2 * N * Vp,
+        "logits, input gradient, FP8": N * Vp + chunks * Vp * C + 2 * N * C,
+        "logits, weight gradient, FP8": N * (Vp + C) + (2 * chunks - 1) * 4 * Vp * C,
+    }
 
 
 def test_cudnns_attention_by_hand():

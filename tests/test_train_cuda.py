@@ -65,7 +65,7 @@ def test_it_learns_and_names_the_device():
     assert "n/a bf16 MFU" in output  # no peak is known of it
 
 
-NUMERICS = [("--precision fp32", 1), ("--precision bf16", 1), ("--fp8 1 -v 2 -s 2", 1), ("--fp8 1 -z 3 -r 4", 2)]
+NUMERICS = [("--precision fp32", 1), ("--precision bf16", 1), ("--fp8 1 -v 2 -s 2", 1), ("--fp8 2 -z 3 -r 4", 2)]
 
 
 @pytest.mark.parametrize(("numerics", "ranks"), NUMERICS)
@@ -78,15 +78,19 @@ def test_resume_is_bit_equal(directory, numerics, ranks):
         assert (directory / "whole" / name).read_bytes() == (directory / "parts" / name).read_bytes()
 
 
-def test_fp8_goes_on_with_other_ranks_or_without(directory):
+def test_fp8_goes_on_with_other_ranks_at_another_level_or_without(directory):
     """With scales found anew; a history of other length than this version's counts as none."""
     train("--fp8 1 -x 2 -n 2 -o run", 2)
     state = read_state(directory / "run" / "state_00000002_00001.bin")
     assert len(state.fp8_history) == 3 * 2 * 4 * 16
     output = train("--fp8 1 -x 4 -n 2 -o run -y 1")
     assert re.search(r"\| precision +\| BF16 and FP8 ", output) and len(losses(output)) == 2
-    assert len(losses(train("-x 6 -n 2 -o run -y 1"))) == 2
-    assert read_state(directory / "run" / "state_00000006_00000.bin").fp8_history == ()
+    output = train("--fp8 2 -x 6 -n 2 -o run -y 1")
+    assert re.search(r"\| precision +\| BF16 and FP8, loss head too ", output) and len(losses(output)) == 2
+    assert len(read_state(directory / "run" / "state_00000006_00000.bin").fp8_history) == (3 * 2 * 4 + 2) * 16
+    assert len(losses(train("--fp8 1 -x 8 -n 2 -o run -y 1"))) == 2
+    assert len(losses(train("-x 10 -n 2 -o run -y 1"))) == 2
+    assert read_state(directory / "run" / "state_00000010_00000.bin").fp8_history == ()
 
 
 def test_fp8_learns_on_a_consumer_device():

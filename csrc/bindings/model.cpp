@@ -211,7 +211,7 @@ void register_model(py::module_& module) {
                        const std::optional<std::string>& grad_dtype, int recompute, int gelu_fusion,
                        bool master_weights, int zero_stage, int64_t classifier_rows, const std::string& device,
                        bool tf32, bool offload_optimizer, int64_t offload_piece, bool cudnn_attention, bool bias_fusion,
-                       bool cuda_graphs, bool fp8) {
+                       bool cuda_graphs, int fp8) {
              Options options;
              options.device = parse_device(device);
              options.tf32 = tf32;
@@ -236,7 +236,7 @@ void register_model(py::module_& module) {
            "recompute"_a = 1, "gelu_fusion"_a = 0, "master_weights"_a = true, "zero_stage"_a = 0,
            "classifier_rows"_a = 0, "device"_a = "cpu", "tf32"_a = true, "offload_optimizer"_a = false,
            "offload_piece"_a = 0, "cudnn_attention"_a = false, "bias_fusion"_a = false, "cuda_graphs"_a = false,
-           "fp8"_a = false)
+           "fp8"_a = 0)
       .def_readonly("batch_size", &Options::batch_size)
       .def_readonly("seq_len", &Options::seq_len)
       .def_property_readonly("precision", [](const Options& self) { return name_of(self.precision); })

@@ -1,5 +1,6 @@
 // llmc._C.ops: every operation of ops/ops.h on torch tensors, arguments in the order of the contract.
 #include <cinttypes>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -312,11 +313,11 @@ Fp8Matrix fp8_factor(Arguments& a, const char* name, TensorArg values, TensorArg
 }
 
 void fp8_matmul_forward(TensorArg out, TensorArg x, TensorArg unscale_x, TensorArg weight, TensorArg unscale_weight,
-                        TensorArg bias) {
+                        OptionalTensorArg bias) {
   Arguments a("fp8_matmul_forward");
   const Fp8Matrix x_ = fp8_factor(a, "x", x, unscale_x, "N IC");
   const Fp8Matrix weight_ = fp8_factor(a, "weight", weight, unscale_weight, "OC IC");
-  const Tensor bias_ = a.in("bias", bias, "X", "OC");
+  const Tensor bias_ = bias ? a.in("bias", *bias, "X", "OC") : Tensor{};
   const Tensor out_ = a.out("out", out, "X", "N OC");
   check_fp8(a, "fp8_matmul_forward", {"N", "IC", "OC"});
   CurrentOps(a.device())->fp8_matmul_forward(out_, x_, weight_, bias_);
@@ -379,6 +380,23 @@ void fused_classifier(TensorArg logits, TensorArg losses, TensorArg targets, int
              "fused_classifier: vocab_size=%" PRId64 " must be in [1, Vp=%" PRId64 "]", vocab_size, a.dimension("Vp"));
   a.checked_ids("targets", targets_, vocab_size);
   CurrentOps(a.device())->fused_classifier(logits_, losses_, targets_, vocab_size, dloss, write_dlogits);
+}
+
+void fp8_classifier(TensorArg dlogits, TensorArg unscale, TensorArg losses, TensorArg logits, TensorArg targets,
+                    int64_t vocab_size, float dloss) {
+  Arguments a("fp8_classifier");
+  const Tensor targets_ = a.in("targets", targets, "i32", "N");
+  const Tensor logits_ = a.in("logits", logits, "X", "N Vp");
+  LLMC_CHECK(logits_.dtype == DType::BF16, "fp8_classifier: logits is %s, it must be bf16", name_of(logits_.dtype));
+  const Tensor dlogits_ = a.out("dlogits", dlogits, "fp8", "N Vp"), unscale_ = a.out("unscale", unscale, "f32", "S");
+  LLMC_CHECK(dlogits_.dtype == DType::E5M2, "fp8_classifier: dlogits must be float8_e5m2");
+  const Tensor losses_ = a.out("losses", losses, "f32", "N");
+  check_fp8(a, "fp8_classifier", {"Vp"});
+  LLMC_CHECK(vocab_size >= 1 && vocab_size <= a.dimension("Vp"),
+             "fp8_classifier: vocab_size=%" PRId64 " must be in [1, Vp=%" PRId64 "]", vocab_size, a.dimension("Vp"));
+  LLMC_CHECK(std::isnormal(dloss) && dloss > 0, "fp8_classifier: dloss is %g, it must be positive", dloss);
+  a.checked_ids("targets", targets_, vocab_size);
+  CurrentOps(a.device())->fp8_classifier({dlogits_, unscale_}, losses_, logits_, targets_, vocab_size, dloss);
 }
 
 void check_element(const char* operation, int64_t layer, int64_t first) {
@@ -522,7 +540,7 @@ void register_ops(py::module_& module) {
         "first_e5m2"_a,
         "history (n,window) takes amax, unless that or grad_scale is not finite; scales (n,2) = those of its maxima");
   m.def("fp8_matmul_forward", &fp8_matmul_forward, no_gil, "out"_a, "x"_a, "unscale_x"_a, "weight"_a,
-        "unscale_weight"_a, "bias"_a,
+        "unscale_weight"_a, "bias"_a = py::none(),
         "out (N,OC) = x (N,IC) @ weight (OC,IC).T + bias of FP8 values times their scales");
   m.def("fp8_matmul_backward", &fp8_matmul_backward, no_gil, "out"_a, "a"_a, "unscale_a"_a, "b"_a, "unscale_b"_a,
         "accumulate"_a = false, "out (N,M) = or += a (N,K) @ b (M,K).T");
@@ -534,6 +552,8 @@ void register_ops(py::module_& module) {
         "dqkv = gradient of attention_forward");
   m.def("fused_classifier", &fused_classifier, no_gil, "logits"_a, "losses"_a, "targets"_a, "vocab_size"_a, "dloss"_a,
         "write_dlogits"_a, "losses += cross entropy; logits = (softmax - onehot) * dloss in place if write_dlogits");
+  m.def("fp8_classifier", &fp8_classifier, no_gil, "dlogits"_a, "unscale"_a, "losses"_a, "logits"_a, "targets"_a,
+        "vocab_size"_a, "dloss"_a, "losses += cross entropy; dlogits * unscale = (softmax - onehot) * dloss, in E5M2");
   m.def("adamw", &adamw, no_gil, "param"_a, "grad"_a, "m"_a, "v"_a, "master"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "weight_decay"_a, "t"_a, "grad_scale"_a, "seed"_a = 0, "layer"_a = 0, "first"_a = 0,
         "One AdamW step of one tensor; bf16 parameters are rounded stochastically. With a grad_scale of NaN nothing "

@@ -94,6 +94,8 @@ class CudaOps final : public Ops {
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int64_t num_heads) override;
   void fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
                         bool write_dlogits) override;
+  void fp8_classifier(Fp8Matrix dlogits, Tensor losses, Tensor logits, Tensor targets, int64_t vocab_size,
+                      float dloss) override;
   void adamw(const AdamWSlice* slices, int64_t count, const AdamWStep& step) override;
   void round_parameters(const AdamWSlice* slices, int64_t count) override;
   void sum_of_squares(Tensor sum, const Tensor* tensors, int64_t count) override;

@@ -58,12 +58,15 @@ void Options::validate(const GPT2Config& config) const {
   LLMC_CHECK(!cudnn_attention || seq_len >= 2, "cudnn_attention: seq_len is 1, cuDNN needs 2 or more");
   LLMC_CHECK(!offload_optimizer || device.cuda, "offload_optimizer needs a GPU: a CPU's memory is the host's");
   LLMC_CHECK(!cuda_graphs || device.cuda, "cuda_graphs needs a GPU: a CPU has no graphs");
+  LLMC_CHECK(fp8 >= 0 && fp8 <= 2, "fp8 is %d, it must be 0, 1 or 2", fp8);
   LLMC_CHECK(!fp8 || (device.cuda && precision == DType::BF16), "fp8 needs a GPU and bf16: the precision is %s on %s",
              name_of(precision), name_of(device).c_str());
   LLMC_CHECK(!fp8 || gelu_fusion == 0, "fp8 computes the GELU with the conversion: gelu_fusion is %d, it must be 0",
              gelu_fusion);
   LLMC_CHECK(!fp8 || config.channels % 16 == 0, "fp8 needs channels that are a multiple of 16, not %" PRId64,
              config.channels);
+  LLMC_CHECK(fp8 < 2 || config.padded_vocab_size % 16 == 0,
+             "fp8 = 2 needs a padded_vocab_size that is a multiple of 16, not %" PRId64, config.padded_vocab_size);
   LLMC_CHECK(offload_piece >= 0, "offload_piece is %" PRId64 ", it must not be negative", offload_piece);
   LLMC_CHECK(classifier_rows >= 0, "classifier_rows is %" PRId64 ", it must not be negative", classifier_rows);
 }

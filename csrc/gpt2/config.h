@@ -45,8 +45,9 @@ struct Options {
   int zero_stage = 0;
   bool offload_optimizer = false;  // on CUDA: optimizer state stays in host memory, and passes through the device
   bool cuda_graphs = false;        // on CUDA: the host launches a pass over a whole batch, and the update, as one
-  // On CUDA in bf16: the products of the blocks in FP8 (gpt2/fp8.h), where a batch has a multiple of 16 tokens.
-  bool fp8 = false;
+  // On CUDA in bf16, where a batch has a multiple of 16 tokens: products in FP8 (gpt2/fp8.h), 1 those of the blocks, 2 the
+  // loss head's too.
+  int fp8 = 0;
   int64_t classifier_rows = 0;  // rows of the loss head's logits chunk; 0: the plan chooses
   int64_t offload_piece = 0;    // elements of the optimizer state on the device at a time; 0: the plan chooses
 

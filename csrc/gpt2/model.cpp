@@ -219,34 +219,6 @@ Tensor GPT2::activated(int64_t l) {
 
 // --- loss head ---------------------------------------------------------------------------------------------------------
 
-void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
-  const Range range(*ops_, "loss head");
-  const Tensor lnf = rows("lnf"), dlnf = rows("scratch_btc"), targets = rows("targets");
-  const Tensor wte = parameter(kWte), chunk = buffer("logits");
-  const int64_t N = batch_ * seq_, chunk_rows = chunk.shape[0];
-  const bool sum_apart = gradients && options_.grad_dtype != DType::F32 && chunk_rows < N;
-  Tensor dwte;
-  // The plan has dwte_sum whenever the largest batch needs several chunks.
-  if (gradients) dwte = sum_apart ? buffer("dwte_sum") : gradient(kWte);
-  for (int64_t begin = 0; begin < N; begin += chunk_rows) {
-    const int64_t end = begin + chunk_rows < N ? begin + chunk_rows : N;
-    const Tensor x = slice_rows(lnf, begin, end), logits = slice_rows(chunk, 0, end - begin);
-    ops_->matmul_forward(logits, x, wte, Tensor{});
-    ops_->fused_classifier(logits, slice_elements(losses, begin, end), slice_elements(targets, begin, end),
-                           config_.vocab_size, dloss, gradients);
-    if (gradients) {
-      ops_->matmul_backward_input(slice_rows(dlnf, begin, end), logits, wte);
-      ops_->matmul_backward_weight(dwte, logits, x, begin > 0 || (accumulate_ && !sum_apart));
-    }
-  }
-  if (!sum_apart) return;
-  if (accumulate_) {
-    ops_->accumulate(gradient(kWte), dwte);
-  } else {
-    ops_->cast(gradient(kWte), dwte);
-  }
-}
-
 void GPT2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses) {
   check_ids("targets", targets, b, t);
   const OnDevice on_device(*ops_);

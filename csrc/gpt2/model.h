@@ -199,8 +199,6 @@ class GPT2 {
   void forward_fc(int64_t layer);                    // to the GELU
   Tensor activated(int64_t layer);
   void backward_block(int64_t layer);
-  // The loss head over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
-  void loss_head(Tensor losses, float dloss, bool gradients);
   void check_gradients_complete() const;
   void compute_grad_norm(float grad_clip);
   struct OptimizerState {  // of a part of a unit, on the device
@@ -241,6 +239,24 @@ class GPT2 {
   // product_backward, but with pre dout goes through that GELU before.
   void fp8_backward(ParameterKind weight, int64_t layer, Tensor dx, Tensor dout, Tensor x, Tensor pre);
   void update_fp8_scales();
+
+  // --- loss_head.cpp ---
+  // Over chunks of rows: losses, and if gradients are asked for also dlnf (into scratch_btc) and dwte.
+  void loss_head(Tensor losses, float dloss, bool gradients);
+  struct LossChunk {
+    Tensor x, logits, losses, targets;
+    Tensor dx, dwte;  // absent without gradients
+    float dloss;
+    bool accumulate;  // into dwte
+  };
+  void loss_chunk(const LossChunk& chunk);
+  struct Fp8Both {
+    Fp8Matrix values, transposed;
+  };
+  void fp8_loss_chunk(const LossChunk& chunk, const Fp8Both& wte);
+  // The head's input or weight in E4M3 in memory of twice its size: as it lies, and with gradients transposed. Then its
+  // largest value is recorded, too.
+  Fp8Both fp8_head(Fp8Role role, Tensor x, char* memory, bool gradients);
 
   // --- sharding.cpp ---
   bool sharded(const std::string& name) const;  // whether the buffer holds this rank's slices only

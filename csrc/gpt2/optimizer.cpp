@@ -172,7 +172,7 @@ void GPT2::update(const UpdateOptions& options) {
   } else {
     repeat("update", Arguments::New, work);
   }
-  fp8_scaled_ = options_.fp8;
+  fp8_scaled_ = options_.fp8 > 0;
   if (options_.zero_stage >= 1) {  // otherwise every rank has written all of them
     last_ticket_ = comm_->all_reduce_sum(non_finite, "count of ranks whose update wrote a number that is not finite");
   }

@@ -15,20 +15,28 @@ constexpr int64_t kOffloadPiece = int64_t(1) << 22;   // elements: 16 MiB of m, 
 constexpr int64_t kLogitsBudget = int64_t(64) << 20;  // bytes of a logits chunk that are always granted
 constexpr int64_t kTileRows = 128;                    // of products on a GPU
 
-// Rows of a logits chunk: the chunk shares its memory with the 4C-wide gradient of the blocks, so it may always be as
-// large as that. Chunks are balanced; on a GPU they are of whole tiles, if that leaves room enough.
+// Rows of a logits chunk: the head shares its memory with what the blocks' backward pass works in. A chunk may always be as
+// large as their 4C-wide gradient, and in FP8, with operands of its own at level 2, as all of that. Chunks are balanced; on
+// a GPU they are of whole tiles, if that leaves room enough, and for products in FP8 always of a multiple of 16 rows.
 // Chunks that stay in a GPU's L2 cache do not pay: each reads and writes all of dwte_sum, and their products are bound by
 // arithmetic anyway. By llmc/roofline.py, with logits that cost no memory traffic, the loss head of d12 would take 1.4 times
 // as long on A100 (256 rows in 40 MB), 1.6 times on H100 (320 rows in 50 MB) and 1.1 times on B200 (768 rows in 126 MB).
 int64_t classifier_rows(const GPT2Config& config, const Options& options) {
   const int64_t N = options.batch_size * options.seq_len;
-  if (options.classifier_rows > 0) return std::min(options.classifier_rows, N);
-  const int64_t element = size_of(options.precision);
-  const int64_t budget = std::max(kLogitsBudget, N * 4 * config.channels * element);
-  const int64_t rows = std::clamp(budget / (config.padded_vocab_size * element), int64_t(1), N);
+  const auto whole_products = [&](int64_t rows) { return options.fp8 >= 2 ? std::min(round_up(rows, 16), N) : rows; };
+  if (options.classifier_rows > 0) return whole_products(std::min(options.classifier_rows, N));
+  const int64_t residual = N * config.channels * size_of(options.precision);
+  const int64_t row = config.padded_vocab_size * size_of(options.precision);
+  int64_t rows = std::max(kLogitsBudget, 4 * residual) / row;
+  if (options.fp8) {
+    const int64_t fixed = options.fp8 >= 2 ? fp8_head_bytes(config, 0) : 0;
+    const int64_t head_row = options.fp8 >= 2 ? fp8_head_bytes(config, 1) - fixed : 0;
+    rows = std::max(rows, (5 * residual + fp8_operand_bytes(config, N) - fixed) / (row + head_row));
+  }
+  rows = std::clamp(rows, int64_t(1), N);
   const int64_t balanced = divide_up(N, divide_up(N, rows));
   const int64_t whole = round_up(balanced, kTileRows);
-  return options.device.cuda && whole <= rows ? whole : balanced;
+  return whole_products(options.device.cuda && whole <= rows ? whole : balanced);
 }
 
 class Builder {
@@ -36,7 +44,7 @@ class Builder {
   explicit Builder(Plan& plan) : plan_(plan) {}
 
   void add(Lifetime lifetime, const std::string& name, DType dtype, std::vector<int64_t> shape) {
-    overlay(lifetime, {{name, dtype, std::move(shape)}});
+    overlay(lifetime, {{{name, dtype, std::move(shape)}}});
   }
 
   struct Member {
@@ -45,17 +53,19 @@ class Builder {
     std::vector<int64_t> shape;
   };
 
-  // Members start at the same offset: at most one of them is alive at any time.
-  void overlay(Lifetime lifetime, std::vector<Member> members) {
-    int64_t& end = plan_.bytes[int(lifetime)];
-    int64_t largest = 0;
-    for (Member& member : members) {
-      int64_t bytes = size_of(member.dtype);
-      for (const int64_t extent : member.shape) bytes *= extent;
-      largest = std::max(largest, bytes);
-      plan_.buffers.push_back({std::move(member.name), lifetime, member.dtype, std::move(member.shape), end, bytes});
+  // Groups start at the same offset: the members of at most one of them are alive at any time.
+  void overlay(Lifetime lifetime, std::vector<std::vector<Member>> groups) {
+    const int64_t begin = plan_.bytes[int(lifetime)];
+    for (std::vector<Member>& group : groups) {
+      int64_t end = begin;
+      for (Member& member : group) {
+        int64_t bytes = size_of(member.dtype);
+        for (const int64_t extent : member.shape) bytes *= extent;
+        plan_.buffers.push_back({std::move(member.name), lifetime, member.dtype, std::move(member.shape), end, bytes});
+        end += round_up(bytes, kAlignment);
+      }
+      plan_.bytes[int(lifetime)] = std::max(plan_.bytes[int(lifetime)], end);
     }
-    end += round_up(largest, kAlignment);
   }
 
  private:
@@ -136,7 +146,7 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
     for (const std::string& name : names) builder.add(Lifetime::Optimizer, name + "_ring", F32, {2, piece});
   }
 
-  if (options.fp8) builder.add(Lifetime::Optimizer, "fp8_history", F32, {fp8_tensors(config), kFp8Window});
+  if (options.fp8) builder.add(Lifetime::Optimizer, "fp8_history", F32, {fp8_tensors(config, options.fp8), kFp8Window});
 
   const auto activation = [&](const std::string& name, DType dtype, std::vector<int64_t> shape) {
     builder.add(Lifetime::Activations, name, dtype, std::move(shape));
@@ -181,20 +191,22 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   activation("lnf_rstd", F32, {B, T});
   activation("losses", F32, {B, T});
   activation("eval_losses", F32, {B, T});
-  activation("dresidual", X, {B, T, C});
   activation("scratch_btc", X, {B, T, C});
-  builder.overlay(Lifetime::Activations,
-                  {{"scratch_bt4c", X, {B, T, 4 * C}}, {"logits", X, {rows, config.padded_vocab_size}}});
+  std::vector<Builder::Member> blocks = {{"dresidual", X, {B, T, C}}, {"scratch_bt4c", X, {B, T, 4 * C}}};
+  std::vector<Builder::Member> head = {{"logits", X, {rows, config.padded_vocab_size}}};
+  if (options.fp8) blocks.push_back({"fp8_operands", DType::E4M3, {fp8_operand_bytes(config, B * T)}});
+  if (options.fp8 >= 2) head.push_back({"fp8_head", DType::E4M3, {fp8_head_bytes(config, rows)}});
+  builder.overlay(Lifetime::Activations, {blocks, head});
   if (options.device.cuda) {
     activation("workspace", F32,
                {divide_up(workspace::step(B, T, C, NH, options.cudnn_attention, options.fp8), int64_t(4))});
   }
   if (options.fp8) {
-    activation("fp8_operands", DType::E4M3, {fp8_operand_bytes(config, B * T)});
-    activation("fp8_scales", F32, {fp8_tensors(config), 2});
-    activation("fp8_amax", F32, {fp8_tensors(config)});
+    activation("fp8_scales", F32, {fp8_tensors(config, options.fp8), 2});
+    activation("fp8_amax", F32, {fp8_tensors(config, options.fp8)});
     activation("fp8_forward_amax", F32, {first_fp8_weight(config)});  // of the inputs
     activation("fp8_first_amax", F32, {1});
+    if (options.fp8 >= 2) activation("dlogits_unscale", F32, {1});
   }
   activation("loss_sum", F32, {1 + kNumVotes});  // and the votes, which are averaged with it
   for (const char* scalar : {"grad_sum_of_squares", "grad_norm", "grad_scale", "broken_parameters"})

@@ -58,12 +58,12 @@ void GPT2::product_backward(ParameterKind weight, int64_t l, Tensor dx, Tensor d
 // --- FP8 ---------------------------------------------------------------------------------------------------------------
 
 Tensor GPT2::fp8_scale(Fp8Role role, ParameterKind weight, int64_t l) {
-  const int64_t index = fp8_tensor(config_, role, weight, l);
+  const int64_t index = fp8_tensor(config_, options_.fp8, role, weight, l);
   return slice_rows(buffer("fp8_scales"), index, index + 1);
 }
 
 Tensor GPT2::fp8_amax(const char* name, Fp8Role role, ParameterKind weight, int64_t l) {
-  const int64_t index = fp8_tensor(config_, role, weight, l);
+  const int64_t index = fp8_tensor(config_, options_.fp8, role, weight, l);
   return slice_elements(buffer(name), index, index + 1);
 }
 
@@ -149,7 +149,7 @@ void GPT2::fp8_backward(ParameterKind weight, int64_t l, Tensor dx, Tensor dout,
 // A step that is not finite leaves the history as it was, as it leaves all that is trained.
 void GPT2::update_fp8_scales() {
   ops_->update_fp8_scales(buffer("fp8_scales"), buffer("fp8_history"), buffer("fp8_amax"), buffer("grad_scale"),
-                          first_fp8_gradient(config_));
+                          first_fp8_gradient(config_, options_.fp8));
 }
 
 std::vector<float> GPT2::fp8_history() {
@@ -172,7 +172,7 @@ void GPT2::set_fp8_history(const std::vector<float>& values) {
   LLMC_CHECK(int64_t(values.size()) == history.numel(),
              "the history of this model's scales has %" PRId64 " values, not %zu", history.numel(), values.size());
   ops_->upload(history, values.data());
-  ops_->update_fp8_scales(buffer("fp8_scales"), history, Tensor{}, Tensor{}, first_fp8_gradient(config_));
+  ops_->update_fp8_scales(buffer("fp8_scales"), history, Tensor{}, Tensor{}, first_fp8_gradient(config_, options_.fp8));
   fp8_scaled_ = true;
 }
 

@@ -29,6 +29,7 @@ void Ops::raise_amax(Tensor, Tensor) { no_fp8(); }
 void Ops::update_fp8_scales(Tensor, Tensor, Tensor, Tensor, int64_t) { no_fp8(); }
 void Ops::fp8_matmul_forward(Tensor, Fp8Matrix, Fp8Matrix, Tensor) { no_fp8(); }
 void Ops::fp8_matmul_backward(Tensor, Fp8Matrix, Fp8Matrix, bool) { no_fp8(); }
+void Ops::fp8_classifier(Fp8Matrix, Tensor, Tensor, Tensor, int64_t, float) { no_fp8(); }
 void Ops::no_fp8() const { LLMC_CHECK(false, "%s has no FP8", name()); }
 
 void Ops::begin_range(const char*) {}

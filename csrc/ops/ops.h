@@ -222,7 +222,7 @@ class Ops {
   virtual void update_fp8_scales(Tensor scales, Tensor history, Tensor amax, Tensor grad_scale, int64_t first_e5m2);
 
   // As matmul_forward. The sums may be rounded to fewer bits than fp32 has (cuBLASLt's "fast accumulation").
-  //   out X (N,OC); bias X (OC)
+  //   out X (N,OC); bias X (OC) or absent
   virtual void fp8_matmul_forward(Tensor out, Fp8Matrix x, Fp8Matrix weight, Tensor bias);
 
   // out (=, +=) a·bᵀ: the input's gradient from dout and weightᵀ, or the weight's from doutᵀ and xᵀ.
@@ -252,6 +252,14 @@ class Ops {
   //   logits X (N,Vp); losses f32 (N); targets i32 (N)
   virtual void fused_classifier(Tensor logits, Tensor losses, Tensor targets, int64_t vocab_size, float dloss,
                                 bool write_dlogits) = 0;
+
+  // As fused_classifier, but the gradients come apart and in FP8, rounded to nearest: dlogits = (p - onehot(target))·dloss
+  // times the largest power of two by which dloss is a finite number of E5M2. So is then all of it, as no |p - onehot| is
+  // beyond 1. What is not finite becomes NaN.
+  //   dlogits E5M2 (N,Vp), its unscale is an output, too; losses f32 (N); logits BF16 (N,Vp); targets i32 (N); dloss > 0;
+  //   Vp a multiple of 16
+  virtual void fp8_classifier(Fp8Matrix dlogits, Tensor losses, Tensor logits, Tensor targets, int64_t vocab_size,
+                              float dloss);
 
   // --- optimizer ----------------------------------------------------------------------------------------------------
   // AdamW (Loshchilov and Hutter 2019), all slices in one call. With g = grad_scale·grad:

@@ -3,8 +3,9 @@
 The same PyTorch code in fp64 is the truth that results are compared with.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -354,7 +355,7 @@ class AttentionBackward(Attention):
 
 class FusedClassifier(Operation):
     sizes = ("N", "V")
-    updated = ("logits", "losses")
+    updated: ClassVar[tuple[str, ...]] = ("logits", "losses")
 
     def arguments(self, draw: Draw, *sizes: int) -> Arguments:
         N, V = sizes
@@ -377,6 +378,34 @@ class FusedClassifier(Operation):
 
     def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
         return [(step.logits_rows, step.shape.vocab_size)]
+
+
+class Fp8Classifier(FusedClassifier):
+    """With gradients in E5M2, whose scale is the largest power of two by which dloss is finite there."""
+
+    written = ("dlogits", "unscale")
+    updated = ("losses",)
+    fp8 = True
+
+    def arguments(self, draw: Draw, *sizes: int) -> Arguments:
+        N, V = sizes
+        logits, targets = draw.normal(N, padded(V), scale=4), draw.ids(N, below=V)
+        return {
+            **{"dlogits": draw.room(N, padded(V), dtype=fp8.E5M2), "unscale": draw.room32(1)},
+            **{"losses": torch.zeros(N, device=draw.device), "logits": logits, "targets": targets},
+            **{"vocab_size": V, "dloss": 1 / N},
+        }
+
+    def torch(self, a: Arguments) -> Callable[[], Any]:
+        scale = 2.0 ** math.floor(math.log2(torch.finfo(fp8.E5M2).max / a["dloss"]))
+        scales = torch.tensor([scale, 1 / scale], device=a["logits"].device)
+        backward = super().torch(a)
+
+        def run() -> tuple[Tensor, ...]:
+            gradient, losses = backward()
+            return losses, fp8.converted(gradient, scales, fp8.E5M2), scales[1:]
+
+        return run
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
@@ -513,6 +542,7 @@ OPERATIONS: dict[str, Operation] = {
         AttentionForward(),
         AttentionBackward(),
         FusedClassifier(),
+        Fp8Classifier(),
         Adamw(),
         RoundParameters(),
         SumOfSquares(),
