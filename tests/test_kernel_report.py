@@ -44,7 +44,9 @@ PROMISES = {
     "dwte_kernel<float, *>": (2, 1, False),
     "dwte_kernel<bf16, *>": (1, 0, False),
     "embedding_forward_kernel<*>": (2, 1, False),
-    "fused_classifier_kernel<*>": (2, 1, False),
+    "fused_classifier_kernel<bf16, bf16>": (2, 1, False),
+    "fused_classifier_kernel<bf16, e5m2>": (2, 0, False),  # 64 bits of FP8
+    "fused_classifier_kernel<float, float>": (2, 1, False),
     "gelu_backward_kernel<*>": (2, 1, False),
     "gelu_forward_kernel<*>": (1, 1, False),
     "layernorm_backward_kernel<*>": (3, 2, False),
