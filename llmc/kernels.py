@@ -189,7 +189,7 @@ class Step:
         yield Kernel("embedding", "embedding forward", "embedding_forward_kernel*", moved)
         yield from self.use(1)
         if self.fp8_tensors:
-            yield memset("largest inputs for FP8", 4 * self.fp8_inputs)
+            yield memset("largest inputs and weights for FP8", 8 * self.fp8_inputs)
         yield self.layernorm()
         for layer in range(self.L):
             yield from self.gather(layer + 2)
@@ -226,7 +226,7 @@ class Step:
         if self.fp8_tensors:
             if micro_step == 0:
                 yield memset("largest values for FP8", 4 * self.fp8_tensors)
-            yield Kernel("FP8", "largest inputs", "raise_kernel*", 12 * self.fp8_inputs)
+            yield Kernel("FP8", "largest inputs and weights", "raise_kernel*", 24 * self.fp8_inputs)
         yield from self.loss_head(accumulate)
         if last_micro_step:
             yield from self.sum("sum of the losses", "partial_sums_kernel<false>", 4 * self.N, 1)
@@ -337,7 +337,7 @@ class Step:
             return [forward]
         copies = 2 if self.options.recompute == 0 else 1  # one is kept
         x = [] if normalised else [conversion(f"{what}, {'GELU' if gelu else 'input'}", N * IC, copies)]
-        return [*x, conversion(f"{what}, weight", OC * IC), forward]
+        return [*x, conversion(f"{what}, weight", OC * IC, copies), forward]
 
     def product_backward(
         self,
@@ -360,14 +360,13 @@ class Step:
         passes = 2 if accumulate else 1  # over the gradient
         dout = conversion(f"{what}, gradient twice", N * OC, copies=2, sources=2 if through_gelu else 1)
         bias = Kernel("bias gradients", "sum of the tiles' rows", "add_groups_kernel*", passes * self.g * OC)
-        weight = conversion(f"{what}, weight", OC * IC)
-        x = [conversion(f"{what}, {'GELU' if gelu else 'input'}", N * IC)]
+        kept = self.options.recompute == 0
+        weight = [] if kept else [conversion(f"{what}, weight", OC * IC)]
+        x = [] if kept else [conversion(f"{what}, {'GELU' if gelu else 'input'}", N * IC)]
         if normalised:
             x = [Kernel("FP8", f"{what}, input transposed", "transpose_kernel*", 2 * N * IC)]
-        elif self.options.recompute == 0:
-            x = []
         moved = N * (OC + IC) + passes * self.g * OC * IC
-        return [dout, bias, weight, dx, *x, product(f"{what}, weight gradient", OC, IC, N, moved, fp8)]
+        return [dout, bias, *weight, dx, *x, product(f"{what}, weight gradient", OC, IC, N, moved, fp8)]
 
     def parameters_backward(self, what: str, OC: int, IC: int, accumulate: bool) -> list[Kernel]:
         passes = 2 if accumulate else 1  # over the gradient

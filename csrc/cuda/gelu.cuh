@@ -14,7 +14,7 @@ constexpr float kCubic = 0.044715f;
 
 template <typename X>
 __device__ float exponential(float x) {
-  if constexpr (sizeof(X) <= 2) {
+  if constexpr (sizeof(X) == 2) {
     return __expf(x);
   } else {
     return expf(x);
@@ -22,7 +22,7 @@ __device__ float exponential(float x) {
 }
 template <typename X>
 __device__ float divide(float a, float b) {
-  if constexpr (sizeof(X) <= 2) {
+  if constexpr (sizeof(X) == 2) {
     return __fdividef(a, b);
   } else {
     return a / b;

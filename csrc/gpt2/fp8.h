@@ -43,6 +43,12 @@ inline int64_t fp8_tensor(const GPT2Config& config, int level, Fp8Role role, Par
   return first + layer * kNumProducts + product;
 }
 
+// Where a weight is among those of a block, in values; all together are 12·C².
+inline int64_t fp8_weight_offset(const GPT2Config& config, ParameterKind weight) {
+  const int64_t begins[] = {0, 3, 4, 8};
+  return begins[std::find(kProducts, kProducts + kNumProducts, weight) - kProducts] * config.channels * config.channels;
+}
+
 // Bytes of all that is converted at a time, for products over N rows. Forward, input and weight; backward, the gradient of
 // the result as it lies and transposed, and first the weight, then the input, transposed.
 inline int64_t fp8_operand_bytes(const GPT2Config& config, int64_t N) {

@@ -172,6 +172,7 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   if (options.fp8) {  // transposed, for the backward pass alone
     block.push_back({"atty_fp8", Q, {C, B * T}, 1});
     block.push_back({"fch_gelu_fp8", Q, {4 * C, B * T}, 1});
+    block.push_back({"weights_fp8", Q, {12, C, C}, 1});
   } else {
     block.push_back({"fch_gelu", X, {B, T, 4 * C}, 1});
   }
@@ -204,7 +205,7 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   if (options.fp8) {
     activation("fp8_scales", F32, {fp8_tensors(config, options.fp8), 2});
     activation("fp8_amax", F32, {fp8_tensors(config, options.fp8)});
-    activation("fp8_forward_amax", F32, {first_fp8_weight(config)});  // of the inputs
+    activation("fp8_forward_amax", F32, {first_fp8_head(config)});  // of the blocks' inputs and weights
     activation("fp8_first_amax", F32, {1});
     if (options.fp8 >= 2) activation("dlogits_unscale", F32, {1});
   }

@@ -20,8 +20,8 @@ Tensor matrix(void* data, DType dtype, const Tensor& x, bool transposed) {
 // cuBLASLt needs multiples of 16. A sample's few rows may have any number: then all is done as without FP8.
 bool GPT2::in_fp8() const { return options_.fp8 && batch_ * (seq_ - first_) % 16 == 0; }
 
-// The largest values of inputs are recorded forward, where a pass without a backward pass, as validation's, must leave the
-// scales of the training alone: they count when backward follows.
+// The largest values of inputs and weights are recorded forward, where a pass without a backward pass, as validation's, must
+// leave the scales of the training alone: they count when backward follows.
 void GPT2::product_forward(ParameterKind weight, int64_t l, Tensor out, Tensor x, Tensor pre) {
   const Tensor w = parameter(weight, l), bias = parameter(bias_of(weight), l);
   if (in_fp8()) {
@@ -119,12 +119,19 @@ Fp8Matrix GPT2::fp8_input(ParameterKind weight, int64_t l, Tensor x, void* memor
 }
 
 Fp8Matrix GPT2::fp8_weight(ParameterKind weight, int64_t l, void* memory, bool transposed) {
-  const Tensor w = parameter(weight, l), scale = fp8_scale(kFp8Weight, weight, l);
+  const Tensor scale = fp8_scale(kFp8Weight, weight, l), unscale = slice_elements(scale, 1, 2);
+  const Tensor w = parameter(weight, l);
+  Tensor kept;  // as above
+  if (options_.recompute == 0) {
+    char* all = view(plan_.block_buffer(l, "weights_fp8")).as<char>();
+    kept = matrix(all + fp8_weight_offset(config_, weight), DType::E4M3, w, true);
+    if (transposed) return {kept, unscale};
+  }
   const Tensor values = matrix(memory, DType::E4M3, w, transposed);
-  const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, fp8_amax("fp8_amax", kFp8Weight, weight, l), scale}
-                                : Fp8Out{values, Tensor{}, Tensor{}, scale};
+  const Tensor amax = fp8_amax("fp8_forward_amax", kFp8Weight, weight, l);
+  const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, Tensor{}, scale} : Fp8Out{values, kept, amax, scale};
   convert(out, DType::E4M3, [&](const Fp8Out& to) { ops_->quantize(to, w); });
-  return {values, slice_elements(scale, 1, 2)};
+  return {values, unscale};
 }
 
 // cuBLASLt multiplies rows with rows, so that what the sums run over must lie along them: hence the transposes.
