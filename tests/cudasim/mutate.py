@@ -64,7 +64,7 @@ EQUIVALENT = {  # (file, part of the line): why a mutant of that line that survi
     ("column_sums.cuh", "quad * 4 < C"): "four numbers of the workspace more are read, and not used",
     ("elements.cuh", "begin + N <= n"): SLOWER,
     ("embedding.cu", "first < count"): UNUSED,
-    ("gelu.cu", "10.0f"): SAME,
+    ("gelu.cuh", "10.0f"): SAME,
     ("layernorm.cu", "row_bytes <="): SLOWER,
     ("layernorm.cu", "threads <="): SLOWER,
     ("layernorm.cu", "first < end"): UNUSED,
