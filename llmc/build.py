@@ -146,7 +146,7 @@ def core_options(
         precision=precision,
         grad_dtype="fp32" if config.grad_dtype == "fp32" else precision,
         recompute=config.recompute if recompute is None else recompute,
-        bias_fusion=config.autotune and device.is_cuda,  # where it is slower, timing finds out
+        bias_fusion=config.autotune and device.is_cuda and not config.fp8,  # where it is slower, timing finds out
         gelu_fusion=2 * fuses_gelu if config.gelu_fusion == -1 else config.gelu_fusion,
         master_weights=config.master_weights,
         zero_stage=config.zero_stage if zero_stage is None else zero_stage,

@@ -56,7 +56,7 @@ class TrainState:
     loader: LoaderState
     loss_window: tuple[float, ...]  # of the outlier detectors, oldest first
     norm_window: tuple[float, ...]
-    fp8_history: tuple[float, ...] = ()  # of this rank; empty without --fp8 1
+    fp8_history: tuple[float, ...] = ()  # of this rank; empty without --fp8
 
     @property
     def arrays(self) -> list[str]:

@@ -137,7 +137,7 @@ def own_step(run: Own) -> Step:
         precision="bf16",
         recompute=0,
         gelu_fusion=2 if GPUS[run.gpu].fuses_gelu and not run.fp8 else 0,
-        bias_fusion=True,
+        bias_fusion=not run.fp8,
         cudnn_attention=run.cudnn,
         fp8=run.fp8,
         zero_stage=1,

@@ -285,6 +285,23 @@ def test_a_batch_that_is_not_in_fp8_has_no_backward_pass(cuda):
         model.backward(y[:1, :31])
 
 
+def test_no_backward_pass_in_other_scales(cuda):
+    """What the forward pass has converted has the scales of that time."""
+    model, other = build_on(cuda), build_on(cuda)
+    x, y = batch(CASE, 1)
+    train_step(other, x, y, 1)
+    model.forward(x)
+    model.fp8_history = other.fp8_history
+    with pytest.raises(cuda.core.Error, match="backward needs a forward of its own first"):
+        model.backward(y)
+    model.forward(x)
+    model.backward(y)
+    model.forward(x)
+    model.update(lr=1e-3, weight_decay=0.1, step=1)
+    with pytest.raises(cuda.core.Error, match="backward needs a forward of its own first"):
+        model.backward(y)
+
+
 def test_other_rows_are_not_in_fp8(cuda):
     """Their products need multiples of 16."""
     x, y = batch(CASE, 1)

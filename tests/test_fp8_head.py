@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_testing import assert_same_bits, batch, bits, build, relative_error, train_step
 from ranks_testing import run_ranks
-from test_fp8 import CASE, ON_RANKS, WINDOW, _has_fp8, scales_of  # noqa: F401
+from test_fp8 import CASE, DRY, ON_RANKS, WINDOW, _has_fp8, scales_of  # noqa: F401
 from test_graphs import assert_no_difference, validate_and_sample
 from test_zero import run, whole_parameters
 
@@ -306,12 +306,26 @@ def test_ranks_have_scales_of_their_own():
 def test_it_learns_like_bf16():
     """Thirty steps on three batches: FP8 ends within a twentieth of what bf16 gains, and both learn."""
     curves = {}
-    for fp8 in (0, 2):
+    for fp8 in (0, 1, 2):
         model = build_on(devices.simulator("fast"), fp8=fp8)
         curves[fp8] = [train_step(model, *batch(CASE, number % 3), number, lr=3e-3) for number in range(1, 31)]
     start, end = curves[0][0], curves[0][-1]
     assert start - end > 1.0
     assert abs(curves[2][-1] - end) < 0.05 * (start - end)
+    assert curves[2] not in (curves[0], curves[1])
+
+
+@pytest.mark.parametrize("rows", [0, 16])
+def test_validation_has_the_losses_of_training(cuda, rows):
+    """In chunks or not, before there are scales and after."""
+    model = build_on(cuda, classifier_rows=rows)
+    for step in (1, 2):
+        x, y = batch(CASE, step)
+        expected = model.evaluate(x, y)
+        model.forward(x)
+        model.backward(y)
+        assert model.buffer("losses").cpu().equal(expected)
+        model.update(lr=1e-3, weight_decay=0.1, step=step)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -324,23 +338,8 @@ def test_refusals():
         _C.plan(_C.GPT2Config(**config), options)
     with pytest.raises(_C.Error, match="fp8 is 3, it must be 0, 1 or 2"):
         _C.plan(_C.GPT2Config(), _C.Options(fp8=3, device="cuda", precision="bf16"))
-    dry = [
-        "--dry-run",
-        "-e",
-        "custom:l=2,c=64,h=2,t=32,v=61",
-        "-b",
-        "2",
-        "-t",
-        "32",
-        "-x",
-        "1",
-        "-g",
-        "8",
-        "--fp8",
-        "2",
-    ]
     with pytest.raises(UsageError, match="--fp8 2 needs a GPU, this run is on a CPU: drop it"):
-        command([*dry, "--device", "cpu"])
+        command([*DRY, "--fp8", "2", "--device", "cpu"])
 
 
 def test_a_vocabulary_of_a_file():

@@ -474,23 +474,43 @@ def test_plan_describes_the_memory():
     for recompute in (0, 1, 2, 3, 4):
         options = _C.Options(batch_size=3, seq_len=17, precision="bf16", recompute=recompute)
         rows = _C.plan(config, options)
-        sizes = _C.GPT2(config, options).memory()
-        by_lifetime = {}
-        for name, lifetime, dtype, shape, offset, size in rows:
-            assert offset % 256 == 0
-            assert size == math.prod(shape) * {"fp32": 4, "bf16": 2, "int32": 4}[dtype]
-            assert offset + size <= sizes[lifetime]
-            by_lifetime.setdefault(lifetime, []).append((offset, offset + size, name))
-        for buffers in by_lifetime.values():
-            for (begin, end, first), (other_begin, other_end, second) in itertools.combinations(buffers, 2):
-                apart = end <= other_begin or other_end <= begin
-                assert apart or (first in ("dresidual", "scratch_bt4c") and second == "logits")
+        check_places(rows, _C.GPT2(config, options).memory())
         names = [row[0] for row in rows]
         assert ("h0.fch_gelu" in names) == (recompute == 0)
         assert ("h0.ln1" in names) == (recompute < 2)
         assert ("h0.qkv" in names) == ("h0.residual2" in names) == (recompute < 3)
         assert ("h0.atty" in names) == ("h0.fch" in names) == ("h0.lse" in names) == (recompute < 4)
         assert "h0.residual3" in names
+
+
+@pytest.mark.parametrize("fp8", [1, 2])
+@pytest.mark.parametrize("recompute", [0, 1, 2, 3, 4])
+def test_plan_with_fp8(fp8, recompute):
+    config = _C.GPT2Config(
+        max_seq_len=64, vocab_size=100, padded_vocab_size=128, num_layers=3, num_heads=2, channels=48
+    )
+    settings = {"batch_size": 4, "seq_len": 24, "precision": "bf16", "device": "cuda", "recompute": recompute}
+    rows = _C.plan(config, _C.Options(**settings, fp8=fp8))
+    check_places(rows)
+    names = [row[0] for row in rows]
+    assert ("h0.weights_fp8" in names) == ("h0.fch_gelu_fp8" in names) == ("h0.atty_fp8" in names) == (recompute == 0)
+    assert ("h0.ln1" in names) == (recompute < 2) and "fch_gelu" not in names
+    assert ("fp8_head" in names) == (fp8 == 2)
+
+
+def check_places(rows, sizes=None):
+    """Buffers lie inside their allocation, aligned, and only declared overlays overlap."""
+    by_lifetime = {}
+    for name, lifetime, dtype, shape, offset, size in rows:
+        assert offset % 256 == 0
+        assert size == math.prod(shape) * {"fp32": 4, "bf16": 2, "int32": 4, "e4m3": 1}[dtype]
+        assert sizes is None or offset + size <= sizes[lifetime]
+        by_lifetime.setdefault(lifetime, []).append((offset, offset + size, name))
+    for buffers in by_lifetime.values():
+        for (begin, end, first), (other_begin, other_end, second) in itertools.combinations(buffers, 2):
+            apart = end <= other_begin or other_end <= begin
+            blocks, head = ("dresidual", "scratch_bt4c", "fp8_operands"), ("logits", "fp8_head")
+            assert apart or (first in blocks and second in head)
 
 
 def test_plan_of_d12_per_sequence():

@@ -7,7 +7,7 @@
 // last ones in the L2 cache.
 //
 // Columns up to the last whole vector below V go by 128-bit accesses, if Vp lets all rows start at multiples of 16
-// bytes; the others, padding included, one by one, or in FP8, of which an instruction converts two, by two. The threads
+// bytes; the others, padding included, one by one; in FP8, of which an instruction converts two, they are stored by two. The threads
 // of a row and so the order of additions depend on V and Vp alone.
 #include <cfloat>
 #include <cmath>

@@ -1,8 +1,8 @@
 // GELU in its tanh form (Hendrycks and Gimpel 2016), and its derivative.
 //
 // With u the argument of tanh, 0.5·(1 + tanh u) = 1/(1 + e^(-2u)): one exponential, and nothing cancels for negative u.
-// X is the type of the results. For bf16 and FP8 the fast exponential and division serve: their relative error is below
-// 2^-16 while |2u| < 87, and a bf16 has 8 bits; beyond, the result is x, or below 1e-35 and perhaps 0.
+// X says how exact they are. For results in bf16, and in FP8, the fast exponential and division serve: their relative error
+// is below 2^-16 while |2u| < 87, and a bf16 has 8 bits; beyond, the result is x, or below 1e-35 and perhaps 0.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -35,7 +35,7 @@ struct Options {
   // projections around attention, 4 the whole block from its input.
   int recompute = 1;
   int gelu_fusion = 0;       // 0 none, 1 forward, 2 forward and backward
-  bool bias_fusion = false;  // gradients of biases inside the products of the weights' gradients
+  bool bias_fusion = false;  // gradients of biases inside the products of the weights' gradients; not in FP8
   // On CUDA in bf16: attention of batches (B,T) by cuDNN. Other shapes, such as a sample's, by our own kernels.
   bool cudnn_attention = false;
   bool tf32 = true;            // on CUDA, fp32 products and attention may round their operands to TF32
@@ -48,8 +48,9 @@ struct Options {
   // On CUDA in bf16, where a batch has a multiple of 16 tokens: products in FP8 (gpt2/fp8.h), 1 those of the blocks, 2 the
   // loss head's too.
   int fp8 = 0;
-  int64_t classifier_rows = 0;  // rows of the loss head's logits chunk; 0: the plan chooses
-  int64_t offload_piece = 0;    // elements of the optimizer state on the device at a time; 0: the plan chooses
+  int64_t classifier_rows =
+      0;                      // rows of the loss head's logits chunk, at fp8 = 2 rounded up to 16; 0: the plan chooses
+  int64_t offload_piece = 0;  // elements of the optimizer state on the device at a time; 0: the plan chooses
 
   // The options of a model on so many ranks.
   Options on_ranks(int world_size) const;

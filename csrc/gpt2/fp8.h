@@ -50,7 +50,7 @@ inline int64_t fp8_weight_offset(const GPT2Config& config, ParameterKind weight)
 }
 
 // Bytes of all that is converted at a time, for products over N rows. Forward, input and weight; backward, the gradient of
-// the result as it lies and transposed, and first the weight, then the input, transposed.
+// the result as it lies and transposed, and first the weight, then the input, transposed, unless they are kept so.
 inline int64_t fp8_operand_bytes(const GPT2Config& config, int64_t N) {
   const int64_t C = config.channels;
   int64_t bytes = 0;

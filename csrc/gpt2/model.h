@@ -86,8 +86,7 @@ class GPT2 {
   void evaluate(const int32_t* tokens, const int32_t* targets, int64_t b, int64_t t, float* losses);
 
   // Rows [begin, end) of the last forward's logits, columns [0, V), as fp32 (end - begin, V) to the host; rows of extend
-  // follow those of the forward. Not after an
-  // update, nor from recompute 2 on after a backward: what they are computed from is gone.
+  // follow those of the forward. Their product is never in FP8. Not after an update, nor from recompute 2 on after a backward: what they are computed from is gone.
   void logits(int64_t begin, int64_t end, float* out);
 
   // Throws what logits(begin, end, out) would throw, for callers that have yet to allocate out.

@@ -153,7 +153,7 @@ void GPT2::update(const UpdateOptions& options) {
   const OnDevice on_device(*ops_);
   const Range range(*ops_, "update");
   check_gradients_complete();
-  logits_allowed_ = false;  // of the old parameters
+  backward_allowed_ = logits_allowed_ = false;  // of the old parameters, and in FP8 of the old scales
   start_optimizer();
   last_update_rng_ = rng_;
   const auto seeds = draw_seeds(rng_);

@@ -1,4 +1,5 @@
-// The four matrix products of a block, forward and backward, in the precision of the activations or in FP8.
+// The four matrix products of a block, forward and backward, in the precision of the activations or in FP8, and the
+// layernorms before them, which write that.
 #include <cinttypes>
 
 #include "core/check.h"
@@ -171,7 +172,7 @@ std::vector<float> GPT2::fp8_history() {
 
 void GPT2::set_fp8_history(const std::vector<float>& values) {
   LLMC_CHECK(options_.fp8, "a model without fp8 has no history of scales");
-  fp8_scaled_ = false;
+  fp8_scaled_ = backward_allowed_ = false;  // what the last forward has converted has other scales
   if (values.empty()) return;
   const OnDevice on_device(*ops_);
   start_optimizer();

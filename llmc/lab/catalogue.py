@@ -377,7 +377,7 @@ class FusedClassifier(Operation):
         return run
 
     def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
-        return [(step.logits_rows, step.shape.vocab_size)]
+        return [(step.logits_rows(), step.shape.vocab_size)]
 
 
 class Fp8Classifier(FusedClassifier):
@@ -406,6 +406,9 @@ class Fp8Classifier(FusedClassifier):
             return losses, fp8.converted(gradient, scales, fp8.E5M2), scales[1:]
 
         return run
+
+    def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
+        return [(step.logits_rows(device="cuda", precision="bf16", fp8=2), step.shape.vocab_size)]
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

@@ -36,11 +36,9 @@ class Step:
         """What AdamW updates in one call."""
         return 12 * self.C**2 + 13 * self.C
 
-    @property
-    def logits_rows(self) -> int:
-        """Of a chunk of the loss head, in fp32."""
-        options = _C.Options(batch_size=self.B, seq_len=self.T)
-        plan = _C.plan(_C.GPT2Config(**vars(self.shape)), options)
+    def logits_rows(self, **options: Any) -> int:
+        """Of a chunk of the loss head, by default in fp32 on a CPU."""
+        plan = _C.plan(_C.GPT2Config(**vars(self.shape)), _C.Options(batch_size=self.B, seq_len=self.T, **options))
         return next(shape[0] for name, _, _, shape, _, _ in plan if name == "logits")
 
 
