@@ -183,7 +183,8 @@ Plan plan(const GPT2Config& config, const Options& options, int world_size) {
   }
   for (const auto& tensor : block) {
     const bool in_lnf = tensor.name == "ln1" || tensor.name == "ln2";  // which is theirs, too (block_buffer)
-    if (r >= tensor.shared_from && !in_lnf && tensor.dtype != DType::E4M3) {
+    const bool converted_anew = tensor.dtype == DType::E4M3;           // in the backward pass
+    if (r >= tensor.shared_from && !in_lnf && !converted_anew) {
       activation(tensor.name, tensor.dtype, tensor.shape);
     }
   }
