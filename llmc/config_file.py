@@ -19,13 +19,19 @@ else:
     import tomli as tomllib
 
 MAX_BYTES = 2**16  # many times those of all settings; the parsers can take time in the square of it
+MAX_DEPTH = 8  # of YAML's brackets, of which settings need none; the time grows with the depth, too
 HEADER = "# Settings of a run of llmc-train; llmc-train --config FILE repeats it."
 
 
 def parse_yaml(text: str) -> Any:
     """Without references: a list of settings needs none, and a few lines of them can stand for more than the memory."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise ValueError("it refers to another place with *, write the value itself")
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it refers to another place with *, write the value itself")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError("its brackets are nested too deeply")
     return yaml.safe_load(text)
 
 

@@ -199,7 +199,7 @@ REFUSED = [  # file, its text, what the message must contain
     ("a.toml", "learning-rate = 'fast'", "-l/--learning-rate fast: it must be a finite number"),
     ("a.toml", "batch-size = true", "--config a.toml: batch-size must be 4 or the like, not true"),
     ("a.toml", "a=" + "[" * 20000, "--config a.toml is not valid TOML"),
-    ("a.yaml", "[" * 20000, "--config a.yaml is not valid YAML"),
+    ("a.yaml", "[" * 2**16, "--config a.yaml is not valid YAML: its brackets are nested too deeply"),
     ("a.toml", "learning-rate = nan", "-l/--learning-rate nan: it must be a finite number"),
     ("a.toml", "learning-rate = inf", "-l/--learning-rate inf: it must be a finite number"),
     ("a.toml", "seed = 99999999999", "--seed 99999999999: it must be a whole number"),
