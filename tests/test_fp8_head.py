@@ -152,16 +152,6 @@ def test_all_products_are_in_fp8(cuda):
     assert not [name for name in names if name.startswith(("bf16", "fp32"))]
 
 
-@pytest.mark.parametrize("recompute", [1, 2, 4])
-def test_recomputation_changes_no_bits(cuda, recompute):
-    models = [build_on(cuda, recompute=r) for r in (0, recompute)]
-    for number in (1, 2):
-        losses = [train_step(model, *batch(CASE, number), number) for model in models]
-        assert losses[0] == losses[1]
-    cuda.check()
-    assert_same_bits(bits(models[0]), bits(models[1]))
-
-
 def test_graphs_have_the_same_bits(cuda):
     case = (16, 37, 2, 2, 32, 2, 16)
     options = {"precision": "bf16", "fp8": 2, "classifier_rows": 16}

@@ -1,14 +1,13 @@
 """fp8_classifier against the gradient of cross-entropy in float64, as torch rounds it to E5M2."""
 
 import math
-from collections.abc import Iterator
 
-import devices
 import pytest
 import torch
 from devices import RealGPU, Simulator, ops
 from ops_testing import F32, normal, same_bits
 from test_ops_classifier import DLOSS, targets_of
+from test_ops_fp8 import _device  # noqa: F401
 
 from llmc import _C
 
@@ -16,15 +15,6 @@ BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
 LARGEST = 57344.0
 # (N, V, Vp): one row, no padding, V no multiple of a vector, odd, more than one block (4096), GPT-2's vocabulary.
 SHAPES = [(1, 1, 16), (1, 17, 64), (5, 64, 64), (67, 251, 256), (3, 4096, 4096), (4, 8195, 8320), (9, 50257, 50304)]
-
-
-@pytest.fixture(autouse=True)
-def _device(cuda: Simulator | RealGPU) -> Iterator[None]:
-    if isinstance(cuda, RealGPU) and _C.cuda_devices()[0]["compute_capability"] < (8, 9):
-        pytest.skip("this GPU has no FP8")
-    devices.ops.device = cuda
-    yield
-    devices.ops.device = None
 
 
 def classify(
