@@ -16,7 +16,7 @@ void GPT2::loss_head(Tensor losses, float dloss, bool gradients) {
   if (gradients) chunk.dwte = sum_apart ? buffer("dwte_sum") : gradient(kWte);
   const bool fp8 = options_.fp8 >= 2 && in_fp8();
   Fp8Both wte{};
-  if (fp8) wte = fp8_head(kFp8Weight, parameter(kWte), buffer("fp8_head").as<char>(), gradients);
+  if (fp8) wte = fp8_head_operand(kFp8Weight, parameter(kWte), buffer("fp8_head").as<char>(), gradients);
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t end = std::min(begin + chunk_rows, N);
     chunk.x = slice_rows(lnf, begin, end);
@@ -50,7 +50,7 @@ void GPT2::loss_chunk(const LossChunk& chunk) {
 
 // --- FP8 ---------------------------------------------------------------------------------------------------------------
 
-GPT2::Fp8Both GPT2::fp8_head(Fp8Role role, Tensor x, char* memory, bool gradients) {
+GPT2::Fp8Both GPT2::fp8_head_operand(Fp8Role role, Tensor x, char* memory, bool gradients) {
   const Tensor scale = fp8_scale(role, kWte, 0), unscale = slice_elements(scale, 1, 2);
   const Tensor values = make_tensor(memory, DType::E4M3, x.rows(), x.last());
   const Tensor transposed = make_tensor(memory + x.numel(), DType::E4M3, x.last(), x.rows());
@@ -62,9 +62,9 @@ GPT2::Fp8Both GPT2::fp8_head(Fp8Role role, Tensor x, char* memory, bool gradient
 
 // The operands lie behind wte; the transpose of the logits' gradient takes the place of the logits.
 void GPT2::fp8_loss_chunk(const LossChunk& chunk, const Fp8Both& wte) {
-  char* memory = wte.values.values.as<char>() + 2 * wte.values.values.numel();
-  const Fp8Both x = fp8_head(kFp8Input, chunk.x, memory, bool(chunk.dwte));
-  ops_->fp8_matmul_forward(chunk.logits, x.values, wte.values, Tensor{});
+  char* memory = wte.as_is.values.as<char>() + 2 * wte.as_is.values.numel();
+  const Fp8Both x = fp8_head_operand(kFp8Input, chunk.x, memory, bool(chunk.dwte));
+  ops_->fp8_matmul_forward(chunk.logits, x.as_is, wte.as_is, Tensor{});
   if (!chunk.dwte) {
     ops_->fused_classifier(chunk.logits, chunk.losses, chunk.targets, config_.vocab_size, chunk.dloss, false);
     return;

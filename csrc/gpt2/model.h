@@ -250,12 +250,12 @@ class GPT2 {
   };
   void loss_chunk(const LossChunk& chunk);
   struct Fp8Both {
-    Fp8Matrix values, transposed;
+    Fp8Matrix as_is, transposed;
   };
   void fp8_loss_chunk(const LossChunk& chunk, const Fp8Both& wte);
   // The head's input or weight in E4M3 in memory of twice its size: as it lies, and with gradients transposed. Then its
   // largest value is recorded, too.
-  Fp8Both fp8_head(Fp8Role role, Tensor x, char* memory, bool gradients);
+  Fp8Both fp8_head_operand(Fp8Role role, Tensor x, char* memory, bool gradients);
 
   // --- sharding.cpp ---
   bool sharded(const std::string& name) const;  // whether the buffer holds this rank's slices only
