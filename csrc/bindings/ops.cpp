@@ -317,7 +317,7 @@ void fp8_matmul_forward(TensorArg out, TensorArg x, TensorArg unscale_x, TensorA
   Arguments a("fp8_matmul_forward");
   const Fp8Matrix x_ = fp8_factor(a, "x", x, unscale_x, "N IC");
   const Fp8Matrix weight_ = fp8_factor(a, "weight", weight, unscale_weight, "OC IC");
-  const Tensor bias_ = bias ? a.in("bias", *bias, "X", "OC") : Tensor{};
+  const Tensor bias_ = optional_bias(a, bias);
   const Tensor out_ = a.out("out", out, "X", "N OC");
   check_fp8(a, "fp8_matmul_forward", {"N", "IC", "OC"});
   CurrentOps(a.device())->fp8_matmul_forward(out_, x_, weight_, bias_);

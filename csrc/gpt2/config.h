@@ -48,8 +48,8 @@ struct Options {
   // On CUDA in bf16, where a batch has a multiple of 16 tokens: products in FP8 (gpt2/fp8.h), 1 those of the blocks, 2 the
   // loss head's too.
   int fp8 = 0;
-  int64_t classifier_rows =
-      0;                      // rows of the loss head's logits chunk, at fp8 = 2 rounded up to 16; 0: the plan chooses
+  // Rows of the loss head's logits chunk, at fp8 = 2 rounded up to 16; 0: the plan chooses.
+  int64_t classifier_rows = 0;
   int64_t offload_piece = 0;  // elements of the optimizer state on the device at a time; 0: the plan chooses
 
   // The options of a model on so many ranks.

@@ -20,6 +20,9 @@ enum Fp8Role { kFp8Input, kFp8Weight, kFp8Gradient };
 
 constexpr ParameterKind kProducts[] = {kQkvw, kAttprojw, kFcw, kFcprojw};  // by their weights
 constexpr int64_t kNumProducts = 4;
+inline int64_t product_of(ParameterKind weight) {
+  return std::find(kProducts, kProducts + kNumProducts, weight) - kProducts;
+}
 
 // Updates whose largest values a scale allows for. Enough that batches that are alike do not saturate each other, and few
 // enough that the large gradients of the first steps are soon forgotten.
@@ -27,7 +30,7 @@ constexpr int64_t kFp8Window = 16;
 
 // Roles lie one behind the other: inputs, weights, the loss head's input and weight, and in E5M2 gradients.
 inline int64_t first_fp8_weight(const GPT2Config& config) { return config.num_layers * kNumProducts; }
-inline int64_t first_fp8_head(const GPT2Config& config) { return 2 * config.num_layers * kNumProducts; }
+inline int64_t first_fp8_head(const GPT2Config& config) { return 2 * first_fp8_weight(config); }
 inline int64_t first_fp8_gradient(const GPT2Config& config, int level) {
   return first_fp8_head(config) + (level >= 2 ? 2 : 0);
 }
@@ -39,14 +42,13 @@ inline int64_t fp8_tensors(const GPT2Config& config, int level) {
 inline int64_t fp8_tensor(const GPT2Config& config, int level, Fp8Role role, ParameterKind weight, int64_t layer) {
   if (weight == kWte) return first_fp8_head(config) + role;
   const int64_t first = role == kFp8Gradient ? first_fp8_gradient(config, level) : role * first_fp8_weight(config);
-  const int64_t product = std::find(kProducts, kProducts + kNumProducts, weight) - kProducts;
-  return first + layer * kNumProducts + product;
+  return first + layer * kNumProducts + product_of(weight);
 }
 
 // Where a weight is among those of a block, in values; all together are 12·C².
 inline int64_t fp8_weight_offset(const GPT2Config& config, ParameterKind weight) {
   const int64_t begins[] = {0, 3, 4, 8};
-  return begins[std::find(kProducts, kProducts + kNumProducts, weight) - kProducts] * config.channels * config.channels;
+  return begins[product_of(weight)] * config.channels * config.channels;
 }
 
 // Bytes of all that is converted at a time, for products over N rows. Forward, input and weight; backward, the gradient of

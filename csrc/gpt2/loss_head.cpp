@@ -56,7 +56,7 @@ GPT2::Fp8Both GPT2::fp8_head_operand(Fp8Role role, Tensor x, char* memory, bool 
   const Tensor transposed = make_tensor(memory + x.numel(), DType::E4M3, x.last(), x.rows());
   const Fp8Out out = gradients ? Fp8Out{values, transposed, fp8_amax("fp8_amax", role, kWte, 0), scale}
                                : Fp8Out{values, Tensor{}, Tensor{}, scale};
-  convert(out, DType::E4M3, [&](const Fp8Out& to) { ops_->quantize(to, x); });
+  convert(out, [&](const Fp8Out& to) { ops_->quantize(to, x); });
   return {{values, unscale}, {transposed, unscale}};
 }
 

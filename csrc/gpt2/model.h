@@ -230,11 +230,14 @@ class GPT2 {
   Tensor fp8_scale(Fp8Role role, ParameterKind weight, int64_t layer);
   Tensor fp8_amax(const char* name, Fp8Role role, ParameterKind weight, int64_t layer);
   // Calls work(out), before there are scales after that of the tensor itself is found.
-  void convert(const Fp8Out& out, DType format, const std::function<void(const Fp8Out&)>& work);
+  void convert(const Fp8Out& out, const std::function<void(const Fp8Out&)>& work);
   // In E4M3, as it lies or transposed, in memory of its size unless it is there already. x is the layernorm's output in
   // E4M3, or in bf16 attention's, or what the GELU is computed of.
   Fp8Matrix fp8_input(ParameterKind weight, int64_t layer, Tensor x, void* memory, bool transposed);
   Fp8Matrix fp8_weight(ParameterKind weight, int64_t layer, void* memory, bool transposed);
+  // By work, with `kept` the transpose already forward, while x is read anyway: backward it is there then.
+  Fp8Matrix fp8_factor(Fp8Role role, ParameterKind weight, int64_t layer, Tensor x, Tensor kept, void* memory,
+                       bool transposed, const std::function<void(const Fp8Out&)>& work);
   // product_backward, but with pre dout goes through that GELU before.
   void fp8_backward(ParameterKind weight, int64_t layer, Tensor dx, Tensor dout, Tensor x, Tensor pre);
   void update_fp8_scales();

@@ -68,12 +68,12 @@ Tensor GPT2::fp8_amax(const char* name, Fp8Role role, ParameterKind weight, int6
   return slice_elements(buffer(name), index, index + 1);
 }
 
-void GPT2::convert(const Fp8Out& out, DType format, const std::function<void(const Fp8Out&)>& work) {
+void GPT2::convert(const Fp8Out& out, const std::function<void(const Fp8Out&)>& work) {
   if (!fp8_scaled_) {
     const Tensor own = buffer("fp8_first_amax");
     ops_->fill_zero(own);
     work({Tensor{}, Tensor{}, own, Tensor{}});
-    ops_->fp8_scale(out.scale, own, format);
+    ops_->fp8_scale(out.scale, own, (out.values ? out.values : out.transposed).dtype);
   }
   work(out);
 }
@@ -87,7 +87,7 @@ void GPT2::layernorm_forward(ParameterKind weight, int64_t l, Tensor residual, T
   if (in_fp8()) {
     const ParameterKind product = first ? kQkvw : kFcw;
     const Tensor amax = fp8_amax("fp8_forward_amax", kFp8Input, product, l), scale = fp8_scale(kFp8Input, product, l);
-    convert({out, Tensor{}, amax, scale}, DType::E4M3, [&](const Fp8Out& to) {
+    convert({out, Tensor{}, amax, scale}, [&](const Fp8Out& to) {
       ops_->fp8_layernorm_forward(to, b ? residual : Tensor{}, mean, rstd, b ? a : residual, b, w, bias);
     });
   } else if (b) {
@@ -98,40 +98,41 @@ void GPT2::layernorm_forward(ParameterKind weight, int64_t l, Tensor residual, T
 }
 
 Fp8Matrix GPT2::fp8_input(ParameterKind weight, int64_t l, Tensor x, void* memory, bool transposed) {
-  const Tensor scale = fp8_scale(kFp8Input, weight, l), unscale = slice_elements(scale, 1, 2);
   if (x.dtype == DType::E4M3) {
+    const Tensor unscale = slice_elements(fp8_scale(kFp8Input, weight, l), 1, 2);
     if (!transposed) return {x, unscale};
     const Tensor out = matrix(memory, x.dtype, x, true);
     ops_->fp8_transpose(out, x);
     return {out, unscale};
   }
   const bool gelu = weight == kFcprojw;
-  Tensor kept;  // for the backward pass, while x is read anyway
+  Tensor kept;
   if (options_.recompute == 0) {
     kept = matrix(view(plan_.block_buffer(l, gelu ? "fch_gelu_fp8" : "atty_fp8")).data, DType::E4M3, x, true);
-    if (transposed) return {kept, unscale};
   }
-
-  const Tensor values = matrix(memory, DType::E4M3, x, transposed);
-  const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, Tensor{}, scale}
-                                : Fp8Out{values, kept, fp8_amax("fp8_forward_amax", kFp8Input, weight, l), scale};
-  convert(out, DType::E4M3, [&](const Fp8Out& to) { gelu ? ops_->quantize_gelu(to, x) : ops_->quantize(to, x); });
-  return {values, unscale};
+  return fp8_factor(kFp8Input, weight, l, x, kept, memory, transposed,
+                    [&](const Fp8Out& to) { gelu ? ops_->quantize_gelu(to, x) : ops_->quantize(to, x); });
 }
 
 Fp8Matrix GPT2::fp8_weight(ParameterKind weight, int64_t l, void* memory, bool transposed) {
-  const Tensor scale = fp8_scale(kFp8Weight, weight, l), unscale = slice_elements(scale, 1, 2);
   const Tensor w = parameter(weight, l);
-  Tensor kept;  // as above
+  Tensor kept;
   if (options_.recompute == 0) {
     char* all = view(plan_.block_buffer(l, "weights_fp8")).as<char>();
     kept = matrix(all + fp8_weight_offset(config_, weight), DType::E4M3, w, true);
-    if (transposed) return {kept, unscale};
   }
-  const Tensor values = matrix(memory, DType::E4M3, w, transposed);
-  const Tensor amax = fp8_amax("fp8_forward_amax", kFp8Weight, weight, l);
-  const Fp8Out out = transposed ? Fp8Out{Tensor{}, values, Tensor{}, scale} : Fp8Out{values, kept, amax, scale};
-  convert(out, DType::E4M3, [&](const Fp8Out& to) { ops_->quantize(to, w); });
+  return fp8_factor(kFp8Weight, weight, l, w, kept, memory, transposed,
+                    [&](const Fp8Out& to) { ops_->quantize(to, w); });
+}
+
+Fp8Matrix GPT2::fp8_factor(Fp8Role role, ParameterKind weight, int64_t l, Tensor x, Tensor kept, void* memory,
+                           bool transposed, const std::function<void(const Fp8Out&)>& work) {
+  const Tensor scale = fp8_scale(role, weight, l), unscale = slice_elements(scale, 1, 2);
+  if (kept && transposed) return {kept, unscale};
+  const Tensor values = matrix(memory, DType::E4M3, x, transposed);
+  convert(transposed ? Fp8Out{Tensor{}, values, Tensor{}, scale}
+                     : Fp8Out{values, kept, fp8_amax("fp8_forward_amax", role, weight, l), scale},
+          work);
   return {values, unscale};
 }
 
@@ -142,11 +143,10 @@ void GPT2::fp8_backward(ParameterKind weight, int64_t l, Tensor dx, Tensor dout,
   const Tensor transposed = matrix(memory + values.bytes(), DType::E5M2, dout, true);
   char* last = memory + 2 * values.bytes();  // the weight transposed, and then the input
   const Tensor scale = fp8_scale(kFp8Gradient, weight, l), unscale = slice_elements(scale, 1, 2);
-  convert({values, transposed, fp8_amax("fp8_amax", kFp8Gradient, weight, l), scale}, DType::E5M2,
-          [&](const Fp8Out& to) {
-            const Tensor dbias = to.values ? gradient(bias_of(weight), l) : Tensor{};
-            ops_->quantize_gradient(to, dbias, dout, pre, accumulate_);
-          });
+  convert({values, transposed, fp8_amax("fp8_amax", kFp8Gradient, weight, l), scale}, [&](const Fp8Out& to) {
+    const Tensor dbias = to.values ? gradient(bias_of(weight), l) : Tensor{};
+    ops_->quantize_gradient(to, dbias, dout, pre, accumulate_);
+  });
   ops_->fp8_matmul_backward(dx, {values, unscale}, fp8_weight(weight, l, last, true), false);
   ops_->fp8_matmul_backward(gradient(weight, l), {transposed, unscale}, fp8_input(weight, l, x, last, true),
                             accumulate_);

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmc.lab import fp8
-from llmc.lab.operation import Arguments, Draw, Operation, Step, bytes_of
+from llmc.lab.operation import EPS, Arguments, Draw, Operation, Step, bytes_of
 
-EPS = 1e-5  # of layernorm
 LR, BETA1, BETA2, ADAM_EPS, WEIGHT_DECAY, STEP = 1e-3, 0.9, 0.95, 1e-8, 0.1, 10
 VOCAB_MULTIPLE = 128  # that the vocabulary is padded to
 
@@ -159,9 +158,7 @@ class Product(Operation):
         return 2.0 * N * IC * OC
 
     def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
-        """qkv, the projection of attention, fc and its projection."""
-        N, C = step.N, step.C
-        return [(N, C, 3 * C), (N, C, C), (N, C, 4 * C), (N, 4 * C, C)]
+        return step.products
 
 
 class MatmulForward(Product):

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmc.lab.operation import Arguments, Draw, Operation, Step
+from llmc.lab.operation import EPS, Arguments, Draw, Operation, Step
 
-EPS = 1e-5  # of layernorm
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SCALE, UNSCALE = 2.0**5, 2.0**-5  # normal values times it stay in both formats
 
@@ -31,73 +30,76 @@ def largest(amax: Tensor, x: Tensor) -> Tensor:
 
 
 class Conversion(Operation):
-    """Of (N,C) to FP8, as it lies and transposed."""
+    """To FP8, with the largest value."""
 
     sizes = ("N", "C")
     written: ClassVar[tuple[str, ...]] = ("out", "transposed")
     updated: ClassVar[tuple[str, ...]] = ("amax",)
     fp8 = True
 
-    def room(self, draw: Draw, N: int, C: int, dtype: torch.dtype) -> Arguments:
-        out, transposed = draw.room(N, C, dtype=dtype), draw.room(C, N, dtype=dtype)
-        return {"out": out, "transposed": transposed, "amax": torch.zeros(1, device=draw.device)}
-
     def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
         return [(step.N, step.C)]
 
 
 class Quantize(Conversion):
+    """Of x (N,C), as it lies and transposed."""
+
+    dtype: ClassVar[torch.dtype] = E4M3
+
     def arguments(self, draw: Draw, *sizes: int) -> Arguments:
         N, C = sizes
-        return {**self.room(draw, N, C, E4M3), "x": draw.normal(N, C), "scale": scale_of(draw)}
+        out, transposed = draw.room(N, C, dtype=self.dtype), draw.room(C, N, dtype=self.dtype)
+        return {
+            **{"out": out, "transposed": transposed, "amax": torch.zeros(1, device=draw.device)},
+            **self.source(draw, N, C),
+            "scale": scale_of(draw),
+        }
+
+    def source(self, draw: Draw, N: int, C: int) -> Arguments:
+        return {"x": draw.normal(N, C)}
+
+    def value(self, a: Arguments) -> Tensor:
+        x: Tensor = a["x"]
+        return x
 
     def torch(self, a: Arguments) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
-            out = converted(a["x"], a["scale"], E4M3)
-            return largest(a["amax"], a["x"]), out, out.T.contiguous()
+            x = self.value(a)
+            out = converted(x, a["scale"], self.dtype)
+            return largest(a["amax"], x), out, out.T.contiguous(), *self.others(x)
 
         return run
 
+    def others(self, x: Tensor) -> tuple[Tensor, ...]:
+        return ()
 
-class QuantizeGelu(Conversion):
-    def arguments(self, draw: Draw, *sizes: int) -> Arguments:
-        N, C = sizes
-        return {**self.room(draw, N, C, E4M3), "pre": draw.normal(N, C), "scale": scale_of(draw)}
 
-    def torch(self, a: Arguments) -> Callable[[], Any]:
-        def run() -> tuple[Tensor, ...]:
-            x = F.gelu(a["pre"], approximate="tanh")
-            out = converted(x, a["scale"], E4M3)
-            return largest(a["amax"], x), out, out.T.contiguous()
+class QuantizeGelu(Quantize):
+    def source(self, draw: Draw, N: int, C: int) -> Arguments:
+        return {"pre": draw.normal(N, C)}
 
-        return run
+    def value(self, a: Arguments) -> Tensor:
+        return F.gelu(a["pre"], approximate="tanh")
 
     def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
         return [(step.N, 4 * step.C)]
 
 
-class QuantizeGradient(Conversion):
+class QuantizeGradient(QuantizeGelu):
     """Through the GELU, whose input is pre."""
 
     written = ("out", "transposed", "dbias")
+    dtype = E5M2
 
-    def arguments(self, draw: Draw, *sizes: int) -> Arguments:
-        N, C = sizes
-        return {
-            **self.room(draw, N, C, E5M2),
-            **{"dbias": draw.room(C), "dout": draw.normal(N, C), "pre": draw.normal(N, C), "scale": scale_of(draw)},
-        }
+    def source(self, draw: Draw, N: int, C: int) -> Arguments:
+        return {"dbias": draw.room(C), "dout": draw.normal(N, C), "pre": draw.normal(N, C)}
 
-    def torch(self, a: Arguments) -> Callable[[], Any]:
-        def run() -> tuple[Tensor, ...]:
-            x = torch.ops.aten.gelu_backward(a["dout"], a["pre"], approximate="tanh")
-            out = converted(x, a["scale"], E5M2)
-            return largest(a["amax"], x), out, out.T.contiguous(), x.sum(0)
+    def value(self, a: Arguments) -> Tensor:
+        x: Tensor = torch.ops.aten.gelu_backward(a["dout"], a["pre"], approximate="tanh")
+        return x
 
-        return run
-
-    def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
-        return [(step.N, 4 * step.C)]
+    def others(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.sum(0),)
 
 
 class Fp8LayernormForward(Conversion):
@@ -167,9 +169,7 @@ class Fp8MatmulForward(Fp8Product):
         return lambda: (product(*factors, fast=True) + a["bias"],)
 
     def of_step(self, step: Step) -> Sequence[tuple[int, ...]]:
-        """qkv, the projection of attention, fc and its projection."""
-        N, C = step.N, step.C
-        return [(N, C, 3 * C), (N, C, C), (N, C, 4 * C), (N, 4 * C, C)]
+        return step.products
 
 
 class Fp8MatmulBackward(Fp8Product):

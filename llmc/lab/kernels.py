@@ -45,14 +45,13 @@ def run_kernels(settings: Settings, argv: Sequence[str]) -> None:
     device = choose_device(TrainConfig(device=settings.device))
     kind = "cuda" if device.is_cuda else "cpu"
     precisions = settings.precisions or [DEFAULT_PRECISIONS[kind]]
-    operations = [find(name) for name in settings.operations]
-    left_out: list[str] = []
-    for operation in operations:
-        if reason := why_not(operation, device, precisions):
-            raise UsageError(f"{operation.name} needs {reason}")
-    if not operations:
-        operations = [operation for operation in OPERATIONS.values() if not why_not(operation, device, precisions)]
-        left_out = [operation.name for operation in OPERATIONS.values() if operation not in operations]
+    asked = [find(name) for name in settings.operations]
+    operations = asked or list(OPERATIONS.values())
+    missing = {operation.name: reason for operation in operations if (reason := why_not(operation, device, precisions))}
+    if asked and missing:
+        name, reason = next(iter(missing.items()))
+        raise UsageError(f"{name} needs {reason}")
+    operations = [operation for operation in operations if operation.name not in missing]
     shapes = settings.shapes or [DEFAULT_SHAPES[kind]]
     cases = [
         Case(operation, sizes, precision)
@@ -69,8 +68,8 @@ def run_kernels(settings: Settings, argv: Sequence[str]) -> None:
     variants = load_variants(settings.variants, operations, device.is_cuda)
     machine = Machine(device)
     print(f"{device.name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if left_out:
-        print(f"left out: {', '.join(left_out)}, which need {why_not(OPERATIONS[left_out[0]], device, precisions)}")
+    if missing:
+        print(f"left out: {', '.join(missing)}, which need {next(iter(missing.values()))}")
     measurements = []
     for case in cases:
         measurement = measure(case, variants, machine, settings.seconds)

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmc import _C
 from llmc.model_file import ModelShape
 
+EPS = 1e-5  # of layernorm
 Arguments = dict[str, Any]  # by the names of llmc._C.ops and in its order
 
 
@@ -30,6 +31,12 @@ class Step:
     @property
     def C(self) -> int:
         return self.shape.channels
+
+    @property
+    def products(self) -> list[tuple[int, int, int]]:
+        """(N,IC,OC) of qkv, the projection of attention, fc and its projection."""
+        N, C = self.N, self.C
+        return [(N, C, 3 * C), (N, C, C), (N, C, 4 * C), (N, 4 * C, C)]
 
     @property
     def block_parameters(self) -> int:
